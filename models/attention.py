@@ -1,0 +1,130 @@
+"""Reading a cache, and its plain twin over the raw history: `read` == `read_history` on quantised keys.
+
+    o_h(q, now) = sum_j exp(tau_h q.c_j) M_hj(now) u_hj(now) / sum_j exp(tau_h q.c_j) M_hj(now)
+    M_hj(now)   = sum_r a_hr exp(-lambda_hr (now - T)) m_hjr          (VQL, arXiv 2508.17125)
+
+Everything is done on logarithms and relative to each head's largest weight, so that neither a year of silence nor
+a half-life of an hour under- or overflows. A codeword whose mass is not positive (a retraction that came before
+its event) is read as absent. A user without history reads zeros.
+
+Shapes: B users, C candidates, H heads, G groups, K codewords per group, R rates, E key width per head,
+D value width per head, L events of a history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+
+from models.cache import Cache, CacheSpec
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheBatch:
+    """The caches of a batch of users, dense; absent users have no mass and `present_B` False."""
+
+    mass_BHKR: Float32[torch.Tensor, "B H K R"]
+    mean_BHKRD: Float32[torch.Tensor, "B H K R D"]
+    reference_ms_B: Int64[torch.Tensor, "B"]
+    count_B: Int64[torch.Tensor, "B"]
+    present_B: Bool[torch.Tensor, "B"]
+
+    @classmethod
+    def of(cls, spec: CacheSpec, caches: Sequence[Cache | None]) -> CacheBatch:
+        """Scatter sparse caches (None: absent user) into one dense batch on the CPU."""
+        group_heads = spec.heads // spec.groups
+        mass = np.zeros((len(caches), spec.groups * spec.codewords, group_heads, spec.rates), np.float32)
+        mean = np.zeros((*mass.shape, spec.value_width), np.float32)
+        for b, cache in enumerate(caches):
+            if cache is not None:
+                mass[b, cache.code_N] = cache.mass_NPR
+                mean[b, cache.code_N] = cache.mean_NPRD
+        return cls(
+            mass_BHKR=_by_head(torch.from_numpy(mass), spec),
+            mean_BHKRD=_by_head(torch.from_numpy(mean), spec),
+            reference_ms_B=torch.tensor([c.reference_ms if c else 0 for c in caches], dtype=torch.int64),
+            count_B=torch.tensor([c.count if c else 0 for c in caches], dtype=torch.int64),
+            present_B=torch.tensor([c is not None for c in caches], dtype=torch.bool),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kernel:
+    """The separable temporal kernel kappa_h(dt) = sum_r a_hr exp(-lambda_hr dt), a_hr > 0, dt in ms."""
+
+    log_weight_HR: Float[torch.Tensor, "H R"]
+    rate_HR: Float[torch.Tensor, "H R"]
+
+
+def read(
+    query_BCHE: Float[torch.Tensor, "B C H E"],
+    codeword_HKE: Float[torch.Tensor, "H K E"],
+    cache: CacheBatch,
+    kernel: Kernel,
+    now_ms_B: Int64[torch.Tensor, "B"],
+) -> Float[torch.Tensor, "B C H D"]:
+    """Attention over each user's whole history from the cache alone. The query is already scaled by tau."""
+    age_B = (now_ms_B - cache.reference_ms_B).double()
+    log_share_BHR = kernel.log_weight_HR.double() - kernel.rate_HR.double() * age_B[:, None, None]
+    log_mass_BHKR = cache.mass_BHKR.clamp(min=0).double().log() + log_share_BHR[:, :, None, :]
+    log_mass_BHK = torch.logsumexp(log_mass_BHKR, dim=-1)
+    share_BHKR = torch.where(
+        log_mass_BHK[..., None].isfinite(), (log_mass_BHKR - log_mass_BHK[..., None]).exp(), 0.0
+    ).float()
+    mean_BHKD = (share_BHKR[..., None] * cache.mean_BHKRD).sum(dim=-2)
+    logit_BHCK = torch.einsum("bche,hke->bhck", query_BCHE, codeword_HKE)
+    return _attend(logit_BHCK, _centre(log_mass_BHK), mean_BHKD)
+
+
+def read_history(
+    query_BCHE: Float[torch.Tensor, "B C H E"],
+    key_BLHE: Float[torch.Tensor, "B L H E"],
+    value_BLHD: Float[torch.Tensor, "B L H D"],
+    log_bias_BHL: Float[torch.Tensor, "B H L"],
+) -> Float[torch.Tensor, "B C H D"]:
+    """The plain twin: softmax attention over the raw events. With exact keys, what VQL approximates."""
+    logit_BHCL = torch.einsum("bche,blhe->bhcl", query_BCHE, key_BLHE)
+    return _attend(logit_BHCL, log_bias_BHL, value_BLHD.transpose(1, 2))
+
+
+def history_bias(
+    kernel: Kernel,
+    time_ms_BL: Int64[torch.Tensor, "B L"],
+    weight_BL: Float[torch.Tensor, "B L"],
+    now_ms_B: Int64[torch.Tensor, "B"],
+) -> Float[torch.Tensor, "B H L"]:
+    """log(w_i kappa_h(now - t_i)) less each head's maximum; -inf for padding (weight 0)."""
+    age_BL = (now_ms_B[:, None] - time_ms_BL).double()
+    log_kappa_BHLR = (
+        kernel.log_weight_HR.double()[None, :, None, :]
+        - kernel.rate_HR.double()[None, :, None, :] * age_BL[:, None, :, None]
+    )
+    # A single rate needs no logsumexp, and most models have a single rate.
+    one_rate = log_kappa_BHLR.shape[-1] == 1
+    log_kappa_BHL = log_kappa_BHLR[..., 0] if one_rate else torch.logsumexp(log_kappa_BHLR, dim=-1)
+    return _centre(log_kappa_BHL + weight_BL.clamp(min=0).double().log()[:, None, :])
+
+
+def _attend(logit_BHCX: torch.Tensor, bias_BHX: torch.Tensor, value_BHXD: torch.Tensor) -> torch.Tensor:
+    """Softmax over X of logit + bias, times the values; zeros where every bias is -inf. Returns B C H D."""
+    nothing_BH = ~bias_BHX.isfinite().any(dim=-1)
+    safe_BHX = torch.where(nothing_BH[..., None], 0.0, bias_BHX)
+    weight_BHCX = torch.softmax(logit_BHCX + safe_BHX[:, :, None, :], dim=-1)
+    out_BHCD = torch.einsum("bhcx,bhxd->bhcd", weight_BHCX, value_BHXD)
+    return torch.where(nothing_BH[:, :, None, None], 0.0, out_BHCD).transpose(1, 2)
+
+
+def _centre(log_BHX: torch.Tensor) -> torch.Tensor:
+    """Subtract each head's maximum in float64, then drop to float32: softmax does not see the shift."""
+    top_BH1 = log_BHX.detach().amax(dim=-1, keepdim=True)
+    return (log_BHX - torch.where(top_BH1.isfinite(), top_BH1, 0.0)).float()
+
+
+def _by_head(x: torch.Tensor, spec: CacheSpec) -> torch.Tensor:
+    """(B, G * K, P, ...) to (B, H, K, ...)."""
+    x = x.unflatten(1, (spec.groups, spec.codewords)).transpose(2, 3)
+    return x.flatten(1, 2).contiguous()

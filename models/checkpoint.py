@@ -1,0 +1,174 @@
+"""A checkpoint: the one directory that training, stream and ranker share, so that no two of them can disagree.
+
+    manifest.json         sizes, rates, window, actions, item fields, training facts, metrics, hash of every file
+    model.safetensors     the parameters
+    vocabulary/F.parquet  the values of item field F in embedding order (row 0 of an embedding is "unknown")
+    items/                the item table, grown by `encode-items`; not part of the checkpoint's identity
+
+The id of a checkpoint is the start of the SHA-256 of its manifest, which holds the hashes of the files: two
+checkpoints with one id are the same bytes. A directory is written under another name and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError, safe_open
+
+from models.cache import CacheSpec
+from models.errors import CheckpointError
+from models.files import disk_error, sha256_file
+from models.item_table import load_table
+from models.row import Fold
+
+FORMAT_VERSION = 1
+OTHER_ACTION = "other"
+# The one parameter that the stream reads: values are item value + action value.
+ACTION_VALUES = "history.action_value_AHD"
+
+
+class Sizes(msgspec.Struct, frozen=True, kw_only=True):
+    """The integers of the model; see models.ranker for the letters."""
+
+    width: int = 32
+    heads: int = 4
+    groups: int = 4
+    codewords: int = 256
+    key_width: int = 8
+    value_width: int = 8
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        if self.heads % self.groups:
+            raise ValueError(f"heads {self.heads} do not divide into {self.groups} groups")
+        if self.groups * self.codewords > 2**16:
+            raise ValueError(f"{self.groups} x {self.codewords} codewords do not fit in 16 bits")
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """manifest.json. half_life_ms is H x R with null for "never"; actions[0] is "other"."""
+
+    model: str
+    sizes: Sizes
+    half_life_ms: list[list[float | None]]
+    actions: list[str]
+    fields: list[str]
+    training: dict[str, str | int | float]
+    metrics: dict[str, float]
+    files: dict[str, str]
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checkpoint:
+    """An opened, verified checkpoint directory."""
+
+    path: Path
+    manifest: Manifest
+    checkpoint_id: str
+
+    @property
+    def spec(self) -> CacheSpec:
+        """Sizes and decay rates (1/ms) as the cache needs them."""
+        half_life_HR = np.array(
+            [[np.inf if h is None else h for h in row] for row in self.manifest.half_life_ms], np.float64
+        )
+        return CacheSpec(
+            checkpoint_id=self.checkpoint_id,
+            groups=self.manifest.sizes.groups,
+            codewords=self.manifest.sizes.codewords,
+            value_width=self.manifest.sizes.value_width,
+            rate_HR=np.log(2.0) / half_life_HR,
+        )
+
+    @property
+    def items_path(self) -> Path:
+        return self.path / "items"
+
+    def fold(self) -> Fold:
+        """What a writer of rows needs; reads the item table. Raises CheckpointError when it was never made."""
+        action_value_AHD = self.tensors([ACTION_VALUES])[ACTION_VALUES]
+        table = load_table(self.items_path, self.checkpoint_id, action_value_AHD, self.manifest.sizes.groups)
+        return Fold(spec=self.spec, window=self.manifest.sizes.window, table=table)
+
+    def action_index(self, actions: Sequence[str]) -> np.ndarray:
+        """Indices of the actions; 0 ("other") for those the checkpoint was not trained with."""
+        index = {action: i for i, action in enumerate(self.manifest.actions)}
+        return np.fromiter((index.get(a, 0) for a in actions), np.int64, len(actions))
+
+    def tensors(self, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """The named parameters, or all, as numpy arrays."""
+        path = self.path / "model.safetensors"
+        try:
+            with safe_open(path, framework="numpy") as file:
+                return {name: file.get_tensor(name) for name in (names or file.keys())}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read ({error}); train again or restore it") from error
+
+    def vocabulary(self, field: str) -> list[str]:
+        """The values of an item field; value i has embedding row i + 1."""
+        return pq.read_table(self.path / "vocabulary" / f"{field}.parquet")["value"].to_pylist()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify. Raises CheckpointError: no checkpoint, an unknown version, a missing or altered file."""
+    manifest_path = path / "manifest.json"
+    if not manifest_path.is_file():
+        raise CheckpointError(f"{path} is no checkpoint: it has no manifest.json (vql train makes one)")
+    raw = manifest_path.read_bytes()
+    try:
+        version = msgspec.json.decode(raw, type=dict).get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{path} has checkpoint format {version!r}; this program knows {FORMAT_VERSION}")
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{manifest_path} is damaged: {error}") from error
+    for name, digest in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing; restore it or train again")
+        if sha256_file(file) != digest:
+            raise CheckpointError(f"{file} does not match its hash in the manifest; restore it or train again")
+    return Checkpoint(path=path, manifest=manifest, checkpoint_id=identify(raw))
+
+
+def identify(manifest: bytes) -> str:
+    """The id (32 hex digits) of the checkpoint with these manifest bytes."""
+    return hashlib.sha256(manifest).hexdigest()[:32]
+
+
+def write_checkpoint(
+    path: Path, manifest: Manifest, tensors: Mapping[str, np.ndarray], vocabularies: Mapping[str, Sequence[str]]
+) -> Checkpoint:
+    """Write the directory whole or not at all; `manifest.files` is filled in here.
+
+    An existing checkpoint at `path` is replaced. Raises MachineError when the disk is full.
+    """
+    from safetensors.numpy import save_file
+
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        (partial / "vocabulary").mkdir(parents=True)
+        save_file(dict(tensors), partial / "model.safetensors")
+        for field, values in vocabularies.items():
+            pq.write_table(pa.table({"value": pa.array(values, pa.string())}), partial / f"vocabulary/{field}.parquet")
+        names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())
+        manifest = msgspec.structs.replace(manifest, files={n: sha256_file(partial / n) for n in names})
+        (partial / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+        if path.exists():
+            shutil.rmtree(path)
+        partial.replace(path)
+    except OSError as error:
+        raise disk_error(error, path) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return open_checkpoint(path)

@@ -1,0 +1,41 @@
+"""Files that are either whole or absent: atomic replacement, hashes, and a full disk said plainly."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+
+from models.errors import MachineError
+
+
+def sha256_file(path: Path) -> str:
+    """The hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `data` so that a reader, or a restart after a kill, sees the old file or the new one, never a part.
+
+    Raises MachineError when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """A full disk as a MachineError with the path and the remedy; any other OSError as it is."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return MachineError(f"no space left to write {path}; free some and run the same command again")
+    return error

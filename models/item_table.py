@@ -1,0 +1,125 @@
+"""The item table of a checkpoint: item id -> a code per group and a value per head.
+
+Keys depend on static item context alone, so a code is a function of the item and the stream runs no model: it
+looks items up here. Row 0 is the unknown item, which stands for every item the table does not hold. Rows are
+only ever appended (`encode-items`), so an index written into a row of the cache stays valid.
+
+On disk: <checkpoint>/items/items.json names the segments in order, with their sizes and hashes; a segment is a
+Parquet file with columns item_id, code (G x uint16), value (H * D x float32) and feature (F x int32, the embedding
+row of each item field, with which a ranker encodes candidates). The file items.json is replaced atomically, after
+its segments are complete.
+
+Shapes: M items, F item fields, A actions, G groups, H heads, D value width per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float32, Int64, UInt16
+
+from models.errors import CheckpointError
+from models.files import replace_file, sha256_file
+
+UNKNOWN = 0
+
+
+class Segment(msgspec.Struct, frozen=True, kw_only=True):
+    """One Parquet file of the table."""
+
+    name: str
+    items: int
+    sha256: str
+
+
+class TableIndex(msgspec.Struct, frozen=True, kw_only=True):
+    """items.json: which segments make the table of which checkpoint, in order."""
+
+    checkpoint_id: str
+    segments: list[Segment]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ItemTable:
+    """Codes and values by item index, and the index by item id."""
+
+    checkpoint_id: str
+    index: dict[str, int]
+    code_MG: UInt16[np.ndarray, "M G"]
+    feature_MF: Int64[np.ndarray, "M F"]
+    value_MHD: Float32[np.ndarray, "M H D"]
+    action_value_AHD: Float32[np.ndarray, "A H D"]
+
+    def __len__(self) -> int:
+        return len(self.code_MG)
+
+    def lookup(self, item_ids: Sequence[str]) -> Int64[np.ndarray, "N"]:
+        """Indices of the items; UNKNOWN (0) for those the table does not hold."""
+        get = self.index.get
+        return np.fromiter((get(i, UNKNOWN) for i in item_ids), np.int64, len(item_ids))
+
+
+def read_index(folder: Path) -> TableIndex:
+    """Raises CheckpointError when the table was never made or its index is damaged."""
+    path = folder / "items.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=TableIndex)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} holds no item table; run: vql encode-items") from error
+    except msgspec.MsgspecError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); run: vql encode-items --rebuild") from error
+
+
+def append_segments(folder: Path, checkpoint_id: str, files: Sequence[Path]) -> TableIndex:
+    """Add finished Parquet files under `folder` to the table, in this order. Files already named are skipped."""
+    index = read_index(folder) if (folder / "items.json").exists() else None
+    segments = list(index.segments) if index else []
+    named = {segment.name for segment in segments}
+    for file in files:
+        name = str(file.relative_to(folder))
+        if name not in named:
+            rows = pq.ParquetFile(file).metadata.num_rows
+            segments.append(Segment(name=name, items=rows, sha256=sha256_file(file)))
+    index = TableIndex(checkpoint_id=checkpoint_id, segments=segments)
+    replace_file(folder / "items.json", msgspec.json.encode(index))
+    return index
+
+
+def load_table(
+    folder: Path, checkpoint_id: str, action_value_AHD: Float32[np.ndarray, "A H D"], groups: int
+) -> ItemTable:
+    """Read and verify every segment. Raises CheckpointError for a missing, damaged or foreign table."""
+    index = read_index(folder)
+    if index.checkpoint_id != checkpoint_id:
+        raise CheckpointError(f"{folder} is the item table of {index.checkpoint_id}, not of {checkpoint_id}")
+    tables = [_read_segment(folder / s.name, s) for s in index.segments]
+    table = pa.concat_tables(tables).combine_chunks()
+    _, heads, width = action_value_AHD.shape
+    item_ids = table["item_id"].to_pylist()
+    return ItemTable(
+        checkpoint_id=checkpoint_id,
+        index={item_id: i for i, item_id in enumerate(item_ids) if i != UNKNOWN},
+        code_MG=_matrix(table["code"], groups).astype(np.uint16),
+        feature_MF=_matrix(table["feature"], len(table["feature"][0])).astype(np.int64),
+        value_MHD=_matrix(table["value"], heads * width).astype(np.float32).reshape(-1, heads, width),
+        action_value_AHD=action_value_AHD,
+    )
+
+
+def _read_segment(path: Path, segment: Segment) -> pa.Table:
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; run: vql encode-items --rebuild")
+    if sha256_file(path) != segment.sha256:
+        raise CheckpointError(f"{path} does not match its hash; run: vql encode-items --rebuild")
+    return pq.read_table(path, columns=["item_id", "code", "value", "feature"])
+
+
+def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(-1, width)

@@ -1,0 +1,206 @@
+"""The ranker: one frame (item encoder, head) around one way to read a user's history.
+
+The frame is shared by VQL and its rivals, so that a comparison compares only the history. VQL's way is
+`VqlHistory`: layer-normed queries and keys, keys quantised by group, values exact, a separable temporal kernel.
+It trains on raw histories and serves from caches, and both give the same scores (a test).
+
+Shapes: as in `attention`; N items, d model width, V = H * D all value widths, F item fields.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import nn
+from torch.nn import functional
+
+from models.attention import CacheBatch, Kernel, history_bias, read, read_history
+from models.checkpoint import Sizes
+from models.codebook import Codebook
+from models.request import PADDING, Request
+
+# Share of item ids hidden in each training batch: a new item then reads as its category, not as noise.
+UNKNOWN_SHARE = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """All that a ranker is built from: sizes, half-lives (H x R, null: never), actions, and rows per item field."""
+
+    sizes: Sizes
+    half_life_ms: list[list[float | None]]
+    actions: int
+    field_rows: list[int]
+
+
+class HistoryReader(Protocol):
+    """A way to turn candidates and a history into one vector per candidate."""
+
+    def __call__(
+        self, candidate_BCd: torch.Tensor, encoder: ItemEncoder, request: Request
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The history as seen by each candidate (B C V) and an auxiliary loss (scalar)."""
+        ...
+
+
+class ItemEncoder(nn.Module):
+    """Static item context (id and categorical fields) to a vector: the sum of one embedding per field.
+
+    `feature_MF` holds each known item's embedding rows; row 0, and embedding row 0 of every field, is "unknown".
+    """
+
+    feature_MF: torch.Tensor
+
+    def __init__(self, shape: Shape, feature_MF: Int64[torch.Tensor, "M F"]) -> None:
+        super().__init__()
+        self.fields = nn.ModuleList(
+            nn.Embedding(rows, shape.sizes.width, sparse=(f == 0)) for f, rows in enumerate(shape.field_rows)
+        )
+        for field in self.fields:
+            nn.init.normal_(field.weight, std=shape.sizes.width**-0.5)
+        # The features are facts of the log, not parameters: they are not saved with the model.
+        self.register_buffer("feature_MF", feature_MF, persistent=False)
+
+    def forward(self, item: Int64[torch.Tensor, "*N"]) -> Float[torch.Tensor, "*N d"]:
+        """Vectors of known items by index. In training a few ids are hidden, so that "unknown" is learned too."""
+        feature = self.feature_MF[item]
+        if self.training:
+            hidden = torch.rand(item.shape) < UNKNOWN_SHARE
+            feature = torch.cat([torch.where(hidden, 0, feature[..., 0])[..., None], feature[..., 1:]], dim=-1)
+        return self.encode(feature)
+
+    def encode(self, feature_NF: Int64[torch.Tensor, "*N F"]) -> Float[torch.Tensor, "*N d"]:
+        """Vectors from embedding rows: also for items the model has never seen (their id is row 0)."""
+        parts = [field(feature_NF[..., f]) for f, field in enumerate(self.fields)]
+        return torch.stack(parts).sum(dim=0)
+
+
+class TemporalKernel(nn.Module):
+    """kappa_h(dt) = sum_r a_hr exp(-lambda_hr dt) with learned a > 0 (softplus) and fixed half-lives."""
+
+    rate_HR: torch.Tensor
+
+    def __init__(self, half_life_ms: list[list[float | None]]) -> None:
+        super().__init__()
+        half_life = torch.tensor(
+            [[math.inf if h is None else h for h in row] for row in half_life_ms], dtype=torch.float64
+        )
+        self.register_buffer("rate_HR", math.log(2.0) / half_life, persistent=False)
+        self.raw_HR = nn.Parameter(torch.full(half_life.shape, math.log(math.e - 1.0)))
+
+    def forward(self) -> Kernel:
+        return Kernel(log_weight_HR=functional.softplus(self.raw_HR).log(), rate_HR=self.rate_HR)
+
+
+class VqlHistory(nn.Module):
+    """Attention over the whole history with grouped, quantised keys (VQL, arXiv 2508.17125)."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        sizes = shape.sizes
+        self.sizes = sizes
+        self.key = nn.Linear(sizes.width, sizes.heads * sizes.key_width, bias=False)
+        self.query = nn.Linear(sizes.width, sizes.heads * sizes.key_width, bias=False)
+        self.query.weight.data.copy_(self.key.weight.data)
+        self.value = nn.Linear(sizes.width, sizes.heads * sizes.value_width, bias=False)
+        self.action_value_AHD = nn.Parameter(torch.zeros(shape.actions, sizes.heads, sizes.value_width))
+        self.log_temperature_H = nn.Parameter(torch.zeros(sizes.heads))
+        self.kernel = TemporalKernel(shape.half_life_ms)
+        group_width = sizes.heads // sizes.groups * sizes.key_width
+        self.codebook = Codebook(sizes.groups, sizes.codewords, group_width)
+
+    def forward(self, candidate_BCd, encoder, request):
+        history = request.history
+        item_U, at_BL = torch.unique(history.item_BL, return_inverse=True)
+        x_Ud = encoder(item_U)
+        key_UHE, commitment = self._quantised(self.keys(x_Ud))
+        value_BLHD = self.values(x_Ud)[at_BL] + self.action_value_AHD[history.action_BL]
+        bias_BHL = history_bias(self.kernel(), history.time_ms_BL, history.weight_BL, request.now_ms_B)
+        out_BCHD = read_history(self.queries(candidate_BCd), key_UHE[at_BL], value_BLHD, bias_BHL)
+        return out_BCHD.flatten(2), commitment
+
+    def from_cache(
+        self, candidate_BCd: torch.Tensor, cache: CacheBatch, now_ms_B: torch.Tensor
+    ) -> Float[torch.Tensor, "B C V"]:
+        """The same vector, read from caches instead of the history."""
+        out_BCHD = read(self.queries(candidate_BCd), self.codewords(), cache, self.kernel(), now_ms_B)
+        return out_BCHD.flatten(2)
+
+    def queries(self, x_BCd: torch.Tensor) -> Float[torch.Tensor, "B C H E"]:
+        """Layer-normed queries, scaled by the temperature (Transformer-VQ) and 1 / sqrt(E)."""
+        query_BCHE = self._heads(self.query(x_BCd))
+        return query_BCHE * (self.log_temperature_H.exp() / math.sqrt(self.sizes.key_width))[:, None]
+
+    def keys(self, x_Nd: torch.Tensor) -> Float[torch.Tensor, "N H E"]:
+        """Layer-normed keys: a function of static item context alone."""
+        return self._heads(self.key(x_Nd))
+
+    def values(self, x_Nd: torch.Tensor) -> Float[torch.Tensor, "N H D"]:
+        return self.value(x_Nd).unflatten(-1, (self.sizes.heads, self.sizes.value_width))
+
+    def codes(self, x_Nd: torch.Tensor) -> Int64[torch.Tensor, "N G"]:
+        """The codes of items, as the item table holds them."""
+        return self.codebook.encode(self._grouped(self.keys(x_Nd)))
+
+    def codewords(self) -> Float[torch.Tensor, "H K E"]:
+        """Each head's slice of its group's codewords."""
+        per_group = self.sizes.heads // self.sizes.groups
+        slices = self.codebook.codeword_GKF.unflatten(-1, (per_group, self.sizes.key_width))
+        return slices.transpose(1, 2).flatten(0, 1)
+
+    def _quantised(self, key_UHE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        quantised_UGF, commitment = self.codebook(self._grouped(key_UHE))
+        return quantised_UGF.reshape(key_UHE.shape), commitment
+
+    def _grouped(self, key_NHE: torch.Tensor) -> torch.Tensor:
+        return key_NHE.reshape(len(key_NHE), self.sizes.groups, -1)
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.layer_norm(x.unflatten(-1, (self.sizes.heads, self.sizes.key_width)), (self.sizes.key_width,))
+
+
+class Ranker(nn.Module):
+    """Scores candidates from their own context and from what `history` reads of the user."""
+
+    def __init__(self, shape: Shape, feature_MF: Int64[torch.Tensor, "M F"], history: nn.Module) -> None:
+        super().__init__()
+        value_width = shape.sizes.heads * shape.sizes.value_width
+        self.encoder = ItemEncoder(shape, feature_MF)
+        self.history = history
+        self.candidate = nn.Linear(shape.sizes.width, value_width, bias=False)
+        if isinstance(getattr(history, "value", None), nn.Linear):
+            self.candidate.weight.data.copy_(history.value.weight.data)
+        self.head = nn.Sequential(nn.Linear(3 * value_width, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def forward(self, request: Request) -> tuple[Float[torch.Tensor, "B C"], Float[torch.Tensor, ""]]:
+        """Logits from raw histories, and the history's auxiliary loss: the training form."""
+        x_BCd = self.encoder(request.candidate_BC)
+        seen_BCV, auxiliary = self.history(x_BCd, self.encoder, request)
+        return self._score(x_BCd, seen_BCV), auxiliary
+
+    def from_cache(
+        self,
+        candidate_BC: Int64[torch.Tensor, "B C"],
+        cache: CacheBatch,
+        now_ms_B: Int64[torch.Tensor, "B"],
+    ) -> Float[torch.Tensor, "B C"]:
+        """Logits from caches: the serving form. Equal to `forward` over the same events."""
+        if not isinstance(self.history, VqlHistory):
+            raise TypeError(f"{type(self.history).__name__} cannot be read from a cache")
+        x_BCd = self.encoder(candidate_BC)
+        return self._score(x_BCd, self.history.from_cache(x_BCd, cache, now_ms_B))
+
+    def _score(self, x_BCd: torch.Tensor, seen_BCV: torch.Tensor) -> torch.Tensor:
+        candidate_BCV = self.candidate(x_BCd)
+        joint = torch.cat([candidate_BCV, seen_BCV, candidate_BCV * seen_BCV], dim=-1)
+        return self.head(joint)[..., 0]
+
+
+def loss(logit_BC: torch.Tensor, label_BC: torch.Tensor) -> Float[torch.Tensor, ""]:
+    """Mean binary cross-entropy over real candidates."""
+    real = label_BC != PADDING
+    return functional.binary_cross_entropy_with_logits(logit_BC[real], label_BC[real])

@@ -1,0 +1,129 @@
+"""A user's row: the folded cache, the recent events beside it, and the one rule that keeps both exact.
+
+The row is the state. Every writer (stream, backfill, repair) calls `advance`: events at or below the stamp are
+skipped, the rest are appended to `recent`, and whenever `recent` holds 2 W events the oldest W are folded. What
+is folded therefore depends only on the sequence of accepted events, never on how it was cut into batches: a
+stream and a backfill build the same row. With W = 0 every event is folded at once.
+
+Reading is the inverse: the user's cache is `folded` with `recent` folded in (`whole_cache`).
+Knows items only as indices of an item table. Shapes: as in `cache`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from models.cache import Cache, CacheSpec, EncodedEvents, empty, fold
+from models.item_table import ItemTable
+from models.wire import (
+    RECENT,
+    Stamp,
+    decode_folded,
+    decode_recent,
+    encode_folded,
+    encode_recent,
+    recent_actions,
+    recent_offsets,
+    recent_times,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowBytes:
+    """A row as the store keeps it: two byte strings that are written and read together."""
+
+    folded: bytes
+    recent: bytes
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.folded) + len(self.recent)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """A user's state: `folded` up to folded_stamp, then `recent` (dtype wire.RECENT) up to `stamp`."""
+
+    folded: Cache
+    folded_stamp: Stamp
+    recent: np.ndarray
+    stamp: Stamp
+
+    @property
+    def count(self) -> int:
+        """Events in the row, each once."""
+        return self.folded.count + len(self.recent)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fold:
+    """What a writer needs of a checkpoint: the sizes, the window W and the item table."""
+
+    spec: CacheSpec
+    window: int
+    table: ItemTable
+
+    def encode(self, recent: np.ndarray) -> EncodedEvents:
+        """Look the events' items and actions up in the table."""
+        item_N = recent["item"]
+        return EncodedEvents(
+            code_NG=self.table.code_MG[item_N],
+            value_NHD=self.table.value_MHD[item_N] + self.table.action_value_AHD[recent_actions(recent)],
+            time_ms_N=recent_times(recent),
+            weight_N=recent["weight"].astype(np.float32),
+        )
+
+
+def new_row(spec: CacheSpec, epoch: int, partition: int) -> Row:
+    """A user of whom nothing is known: complete up to the position before the first."""
+    stamp = Stamp(epoch=epoch, partition=partition, offset=-1)
+    return Row(folded=empty(spec), folded_stamp=stamp, recent=np.empty(0, RECENT), stamp=stamp)
+
+
+def advance(row: Row, events: np.ndarray, position: Stamp, using: Fold) -> tuple[Row, int]:
+    """The row with these events (dtype RECENT, one user, rising offsets), and how many were skipped.
+
+    `position` carries the epoch and partition of the events; its offset is not used. Events at or below the row's
+    stamp are already in it. A row without new events comes back unchanged (the same object).
+    """
+    fresh = events[[not row.stamp.covers(position.epoch, offset) for offset in recent_offsets(events).tolist()]]
+    skipped = len(events) - len(fresh)
+    if len(fresh) == 0:
+        return row, skipped
+    stamp = replace(position, offset=int(recent_offsets(fresh)[-1]), revision=row.stamp.revision)
+    recent = np.concatenate([row.recent, fresh])
+    ripe = _ripe(len(recent), using.window)
+    if ripe == 0:
+        return replace(row, recent=recent, stamp=stamp), skipped
+    folded_stamp = replace(stamp, offset=int(recent_offsets(recent[ripe - 1 : ripe])[0]))
+    folded = fold(row.folded, using.encode(recent[:ripe]))
+    return Row(folded=folded, folded_stamp=folded_stamp, recent=recent[ripe:], stamp=stamp), skipped
+
+
+def whole_cache(row: Row, using: Fold) -> Cache:
+    """The cache of every event of the row."""
+    return fold(row.folded, using.encode(row.recent)) if len(row.recent) else row.folded
+
+
+def encode_row(row: Row) -> RowBytes:
+    """The row as the store keeps it."""
+    return RowBytes(
+        folded=encode_folded(row.folded, row.folded_stamp),
+        recent=encode_recent(row.folded.spec.checkpoint_id, row.stamp, row.recent),
+    )
+
+
+def decode_row(data: RowBytes, spec: CacheSpec) -> Row:
+    """Raises WireError when either part is damaged, ForeignRowError when it belongs to another checkpoint."""
+    folded, folded_stamp = decode_folded(data.folded, spec)
+    recent, stamp = decode_recent(data.recent, spec.checkpoint_id)
+    return Row(folded=folded, folded_stamp=folded_stamp, recent=recent, stamp=stamp)
+
+
+def _ripe(events: int, window: int) -> int:
+    """How many of the oldest events to fold: whole windows, leaving W to 2W - 1 events."""
+    if window == 0:
+        return events
+    return max(0, (events // window - 1) * window)

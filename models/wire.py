@@ -1,0 +1,236 @@
+"""The bytes of a row: the one file that knows offsets, widths and checksums.
+
+A user's row is two byte strings written together: `folded` (the per-codeword entries) and `recent` (the newest
+raw events, not yet folded). Both are a header, typed sections and a checksum, all little-endian:
+
+    0   magic          4s   "VQLF" folded, "VQLR" recent
+    4   version        u16  1
+    6   sections       u16
+    8   checkpoint     16s  first 16 bytes of the checkpoint id
+    24  epoch          u32  the log's epoch          \\
+    28  partition      u32                            | the stamp: complete up to this position
+    32  offset         i64  -1: nothing yet           |
+    40  revision       u32  raised by repairs        /
+    44  reserved       u32  0
+    48  reference_ms   i64  folded: T of the cache; recent: newest event time
+    56  event_count    i64  events in this part
+    64  sections, each: type u16, dtype u16, items u32, size_bytes u64, payload
+    end CRC32C of all before, u32
+
+Section types: 1 codes (u16 each), 2 masses (f32, items x P x R), 3 means (f32 or f16, items x P x R x D),
+4 recent events (24 bytes each, `RECENT`). A reader skips types it does not know, so a later part is a new section
+and not a new version. Version 1 is frozen by the golden files in tests/golden.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import google_crc32c
+import numpy as np
+
+from models.cache import Cache, CacheSpec
+from models.errors import ForeignRowError, WireError
+
+VERSION = 1
+_HEADER = struct.Struct("<4sHH16sIIqIIqq")
+_SECTION = struct.Struct("<HHIQ")
+_CRC = struct.Struct("<I")
+FOLDED_MAGIC, RECENT_MAGIC = b"VQLF", b"VQLR"
+_CODES, _MASSES, _MEANS, _EVENTS = 1, 2, 3, 4
+_U16, _F32, _F16, _RECORD = 1, 2, 3, 4
+_DTYPES = {_U16: np.dtype("<u2"), _F32: np.dtype("<f4"), _F16: np.dtype("<f2")}
+
+# position = offset << 16 | high 16 bits of the event hash; time = event_time_ms << 16 | action << 8 | hash byte.
+# 48 bits of offset and of time are enough for 280 trillion; 24 bits of hash are compared beside all other fields.
+RECENT = np.dtype([("position", "<u8"), ("time", "<u8"), ("item", "<u4"), ("weight", "<f4")])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, order=False)
+class Stamp:
+    """The log position up to which a row is complete. Rows are ordered by (epoch, offset, revision)."""
+
+    epoch: int
+    partition: int
+    offset: int
+    revision: int = 0
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        return (self.epoch, self.offset, self.revision)
+
+    def covers(self, epoch: int, offset: int) -> bool:
+        """Whether an event at this position is already in the row."""
+        return (epoch, offset) <= (self.epoch, self.offset)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Header:
+    """What both parts of a row say about themselves."""
+
+    checkpoint_id: str
+    stamp: Stamp
+    reference_ms: int
+    event_count: int
+
+
+def encode_folded(cache: Cache, stamp: Stamp) -> bytes:
+    """The per-codeword entries of a cache, complete up to the stamp."""
+    header = Header(
+        checkpoint_id=cache.spec.checkpoint_id,
+        stamp=stamp,
+        reference_ms=cache.reference_ms,
+        event_count=cache.count,
+    )
+    items = len(cache.code_N)
+    sections = [
+        (_CODES, _U16, items, cache.code_N.astype("<u2", copy=False).tobytes()),
+        (_MASSES, _F32, items, cache.mass_NPR.astype("<f4", copy=False).tobytes()),
+        (_MEANS, _F32, items, cache.mean_NPRD.astype("<f4", copy=False).tobytes()),
+    ]
+    return _encode(FOLDED_MAGIC, header, sections)
+
+
+def decode_folded(data: bytes, spec: CacheSpec) -> tuple[Cache, Stamp]:
+    """Raises WireError for damage or an unknown version, ForeignRowError for a row of another checkpoint."""
+    header = read_header(data, FOLDED_MAGIC, spec.checkpoint_id)
+    arrays = {kind: (dtype, items, payload) for kind, dtype, items, payload in _sections(data)}
+    shape = (spec.heads // spec.groups, spec.rates)
+    code_N = _array(arrays, _CODES, ())
+    mass_NPR = _array(arrays, _MASSES, shape)
+    mean_NPRD = _array(arrays, _MEANS, (*shape, spec.value_width))
+    if not len(code_N) == len(mass_NPR) == len(mean_NPRD):
+        raise WireError(f"sections disagree: {len(code_N)} codes, {len(mass_NPR)} masses, {len(mean_NPRD)} means")
+    if len(code_N) and (int(code_N[-1]) >= spec.groups * spec.codewords or (np.diff(code_N.astype(int)) <= 0).any()):
+        raise WireError(f"codes are not rising below {spec.groups * spec.codewords}")
+    cache = Cache(
+        spec=spec,
+        reference_ms=header.reference_ms,
+        count=header.event_count,
+        code_N=code_N.astype(np.uint16, copy=False),
+        mass_NPR=mass_NPR.astype(np.float32, copy=False),
+        mean_NPRD=mean_NPRD.astype(np.float32, copy=False),
+    )
+    return cache, header.stamp
+
+
+def encode_recent(checkpoint_id: str, stamp: Stamp, recent: np.ndarray) -> bytes:
+    """The newest raw events (dtype RECENT, rising offsets), complete up to the stamp."""
+    header = Header(
+        checkpoint_id=checkpoint_id,
+        stamp=stamp,
+        reference_ms=int(recent["time"].max() >> np.uint64(16)) if len(recent) else 0,
+        event_count=len(recent),
+    )
+    return _encode(RECENT_MAGIC, header, [(_EVENTS, _RECORD, len(recent), recent.tobytes())])
+
+
+def decode_recent(data: bytes, checkpoint_id: str) -> tuple[np.ndarray, Stamp]:
+    """The events (dtype RECENT, read-only view) and the row's stamp. Raises WireError, ForeignRowError."""
+    header = read_header(data, RECENT_MAGIC, checkpoint_id)
+    for kind, dtype, items, payload in _sections(data):
+        if kind == _EVENTS:
+            if dtype != _RECORD or len(payload) != items * RECENT.itemsize:
+                raise WireError(f"{items} recent events do not fit in {len(payload)} bytes")
+            return np.frombuffer(payload, RECENT), header.stamp
+    raise WireError("no section of recent events")
+
+
+def read_header(data: bytes, magic: bytes, checkpoint_id: str | None = None) -> Header:
+    """Check the checksum, magic, version and (when given) the checkpoint; return the header."""
+    if len(data) < _HEADER.size + _CRC.size:
+        raise WireError(f"{len(data)} bytes are too few for a row")
+    body = memoryview(data)[: -_CRC.size]
+    (stored,) = _CRC.unpack_from(data, len(body))
+    if google_crc32c.value(bytes(body)) != stored:
+        raise WireError(f"checksum does not match over {len(data)} bytes")
+    found, version, _, identity, epoch, partition, offset, revision, _, reference_ms, count = _HEADER.unpack_from(data)
+    if found != magic:
+        raise WireError(f"magic {found!r} is not {magic!r}")
+    if version != VERSION:
+        raise WireError(f"row format version {version}; this program knows {VERSION}")
+    if checkpoint_id is not None and identity.hex() != checkpoint_id:
+        raise ForeignRowError(f"the row belongs to checkpoint {identity.hex()}, not {checkpoint_id}")
+    stamp = Stamp(epoch=epoch, partition=partition, offset=offset, revision=revision)
+    return Header(checkpoint_id=identity.hex(), stamp=stamp, reference_ms=reference_ms, event_count=count)
+
+
+def pack_recent(
+    offset_N: np.ndarray,
+    time_ms_N: np.ndarray,
+    action_N: np.ndarray,
+    item_N: np.ndarray,
+    weight_N: np.ndarray,
+    event_hash_N: np.ndarray,
+) -> np.ndarray:
+    """Columns to RECENT records."""
+    recent = np.empty(len(offset_N), RECENT)
+    hash_N = event_hash_N.astype(np.uint64) & np.uint64(0xFFFFFF)
+    recent["position"] = offset_N.astype(np.uint64) << np.uint64(16) | hash_N >> np.uint64(8)
+    low_N = action_N.astype(np.uint64) << np.uint64(8) | hash_N & np.uint64(0xFF)
+    recent["time"] = time_ms_N.astype(np.uint64) << np.uint64(16) | low_N
+    recent["item"] = item_N
+    recent["weight"] = weight_N
+    return recent
+
+
+def recent_offsets(recent: np.ndarray) -> np.ndarray:
+    return (recent["position"] >> np.uint64(16)).astype(np.int64)
+
+
+def recent_times(recent: np.ndarray) -> np.ndarray:
+    return (recent["time"] >> np.uint64(16)).astype(np.int64)
+
+
+def recent_actions(recent: np.ndarray) -> np.ndarray:
+    return (recent["time"] >> np.uint64(8) & np.uint64(0xFF)).astype(np.int64)
+
+
+def _encode(magic: bytes, header: Header, sections: Sequence[tuple[int, int, int, bytes]]) -> bytes:
+    stamp = header.stamp
+    parts = [
+        _HEADER.pack(
+            magic,
+            VERSION,
+            len(sections),
+            bytes.fromhex(header.checkpoint_id),
+            stamp.epoch,
+            stamp.partition,
+            stamp.offset,
+            stamp.revision,
+            0,
+            header.reference_ms,
+            header.event_count,
+        )
+    ]
+    for kind, dtype, items, payload in sections:
+        parts += [_SECTION.pack(kind, dtype, items, len(payload)), payload]
+    body = b"".join(parts)
+    return body + _CRC.pack(google_crc32c.value(body))
+
+
+def _sections(data: bytes) -> Iterator[tuple[int, int, int, memoryview]]:
+    """The sections of bytes whose header and checksum were already checked."""
+    (count,) = struct.unpack_from("<H", data, 6)
+    view, at, end = memoryview(data), _HEADER.size, len(data) - _CRC.size
+    for _ in range(count):
+        if at + _SECTION.size > end:
+            raise WireError(f"section table runs past the end at byte {at}")
+        kind, dtype, items, size_bytes = _SECTION.unpack_from(data, at)
+        at += _SECTION.size
+        if at + size_bytes > end:
+            raise WireError(f"section {kind} of {size_bytes} bytes runs past the end")
+        yield kind, dtype, items, view[at : at + size_bytes]
+        at += size_bytes
+
+
+def _array(arrays: dict[int, tuple[int, int, memoryview]], kind: int, shape: tuple[int, ...]) -> np.ndarray:
+    if kind not in arrays or arrays[kind][0] not in _DTYPES:
+        raise WireError(f"section {kind} is missing or of an unknown dtype")
+    code, items, payload = arrays[kind]
+    dtype = _DTYPES[code]
+    if len(payload) != items * dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+        raise WireError(f"section {kind}: {items} items of shape {shape} do not fit in {len(payload)} bytes")
+    return np.frombuffer(payload, dtype).reshape(items, *shape)
