@@ -1,0 +1,300 @@
+"""`SqliteRows`: the embedded online store, one SQLite file for all checkpoints of one machine. Knows no Feast.
+
+Threads and processes of one machine may use the file at once (WAL mode: readers never wait, writers queue).
+
+What a crash leaves. Each call is one transaction, so rows, positions and the backfill record are whole, and since
+they share one log file they survive in the order in which they were written: no position without its rows. A killed
+process loses nothing. After a power cut, `put_rows` may have lost its last transactions (synchronous=NORMAL), but
+`commit_positions`, `record_backfill` and the deletions force the log to disk (FULL), and with it every row before.
+So a stream that starts at `positions()` finds the rows at or below them.
+
+An expired row (ttl_s after its last write) is absent for everyone, the fence included: its writer starts anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import msgspec
+
+from feature_repo.store import Backfill, RowPut
+from models.errors import InputError, StoreError
+from models.files import disk_error
+from models.row import RowBytes
+
+SCHEMA_VERSION = 1
+BUSY_TIMEOUT_S = 30.0
+USERS_PER_SELECT = 500  # SQLite builds before 3.32 take 999 variables
+
+# The user comes first in the key: rows of one user are together, which makes erasing one user a short walk.
+_SCHEMA = """
+CREATE TABLE rows (
+    user_id TEXT NOT NULL, checkpoint_id TEXT NOT NULL,
+    epoch INTEGER NOT NULL, "offset" INTEGER NOT NULL, revision INTEGER NOT NULL, partition INTEGER NOT NULL,
+    folded_epoch INTEGER NOT NULL, folded_offset INTEGER NOT NULL, folded_revision INTEGER NOT NULL,
+    folded BLOB NOT NULL, recent BLOB NOT NULL, written_ms INTEGER NOT NULL,
+    PRIMARY KEY (user_id, checkpoint_id));
+CREATE TABLE positions (
+    checkpoint_id TEXT NOT NULL, partition INTEGER NOT NULL, epoch INTEGER NOT NULL, "offset" INTEGER NOT NULL,
+    PRIMARY KEY (checkpoint_id, partition));
+CREATE TABLE backfills (checkpoint_id TEXT NOT NULL PRIMARY KEY, record TEXT NOT NULL);
+"""
+
+# The fence is the WHERE clause: compared and written in one statement.
+_PUT_WHOLE = """
+INSERT INTO rows VALUES (:user_id, :checkpoint_id, :epoch, :offset, :revision, :partition,
+    :folded_epoch, :folded_offset, :folded_revision, :folded, :recent, :now_ms)
+ON CONFLICT DO UPDATE SET epoch = :epoch, "offset" = :offset, revision = :revision, partition = :partition,
+    folded_epoch = :folded_epoch, folded_offset = :folded_offset, folded_revision = :folded_revision,
+    folded = :folded, recent = :recent, written_ms = :now_ms
+WHERE (rows.epoch, rows."offset", rows.revision) < (:epoch, :offset, :revision) OR rows.written_ms <= :expired_ms
+"""
+_PUT_RECENT = """
+UPDATE rows SET epoch = :epoch, "offset" = :offset, revision = :revision, partition = :partition,
+    recent = :recent, written_ms = :now_ms
+WHERE user_id = :user_id AND checkpoint_id = :checkpoint_id AND written_ms > :expired_ms
+    AND (epoch, "offset", revision) < (:epoch, :offset, :revision)
+    AND (folded_epoch, folded_offset, folded_revision) = (:folded_epoch, :folded_offset, :folded_revision)
+"""
+_COMMIT_POSITION = """
+INSERT INTO positions VALUES (?, ?, ?, ?)
+ON CONFLICT DO UPDATE SET epoch = excluded.epoch, "offset" = excluded."offset"
+WHERE (excluded.epoch, excluded."offset") > (positions.epoch, positions."offset")
+"""
+
+_REMEDIES = {
+    sqlite3.SQLITE_BUSY: f"another process held it for {BUSY_TIMEOUT_S:g} s; end that process and try again",
+    sqlite3.SQLITE_CORRUPT: "it is damaged: move it away and run the backfill again",
+    sqlite3.SQLITE_NOTADB: "it is no online store: name another path, or move it away and run the backfill again",
+    sqlite3.SQLITE_CANTOPEN: "check that its folder exists and may be written",
+    sqlite3.SQLITE_READONLY: "check that the file and its folder may be written",
+    sqlite3.SQLITE_IOERR: "the disk failed: look at the system's log, then try again",
+}
+
+# SQLite's connections must be neither used nor closed in a forked child; kept here they are never collected.
+_ABANDONED: list[list[sqlite3.Connection]] = []
+
+
+class SqliteRows:
+    """`feature_repo.store.RowStore` on one SQLite file. Picklable: the copy opens the file anew.
+
+    Raises StoreError (path and remedy) where SQLite fails, where the file was made by another version or has gone
+    since it was opened; MachineError for a full disk; InputError for a user id that is not Unicode text.
+    """
+
+    def __init__(self, path: Path, ttl_s: float | None = None, clock: Callable[[], float] = time.time) -> None:
+        if ttl_s is not None and not ttl_s > 0:
+            raise InputError(f"ttl_s is {ttl_s}; it must be over 0, or absent for rows that never expire")
+        self.path = Path(path).absolute()
+        self.ttl_s = ttl_s
+        self._clock = clock
+        self._idle: list[sqlite3.Connection] = []
+        self._identity: tuple[int, int] | None = None
+        self._pid = os.getpid()
+
+    def __reduce__(self):
+        return SqliteRows, (self.path, self.ttl_s, self._clock)
+
+    def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
+        found: dict[str, RowBytes] = {}
+        expired_ms = self._expired_ms(self._now_ms())
+        with self._transaction("BEGIN") as connection:
+            for start in range(0, len(user_ids), USERS_PER_SELECT):
+                chunk = user_ids[start : start + USERS_PER_SELECT]
+                rows = connection.execute(
+                    "SELECT user_id, folded, recent FROM rows WHERE checkpoint_id = ? AND written_ms > ? "
+                    f"AND user_id IN ({','.join('?' * len(chunk))})",
+                    (checkpoint_id, expired_ms, *chunk),
+                )
+                found.update((user_id, RowBytes(folded=folded, recent=recent)) for user_id, folded, recent in rows)
+        return [found.get(user_id) for user_id in user_ids]
+
+    def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
+        now_ms = self._now_ms()
+        times = {"now_ms": now_ms, "expired_ms": self._expired_ms(now_ms), "checkpoint_id": checkpoint_id}
+        with self._transaction("BEGIN IMMEDIATE") as connection:
+            return [
+                connection.execute(_PUT_RECENT if put.folded is None else _PUT_WHOLE, times | _values(put)).rowcount > 0
+                for put in puts
+            ]
+
+    def delete_user(self, user_id: str) -> int:
+        with self._durable_transaction() as connection:
+            return connection.execute("DELETE FROM rows WHERE user_id = ?", (user_id,)).rowcount
+
+    def delete_checkpoint(self, checkpoint_id: str) -> int:
+        """Erase the checkpoint's rows, positions and backfill record; how many rows there were."""
+        with self._durable_transaction() as connection:
+            connection.execute("DELETE FROM backfills WHERE checkpoint_id = ?", (checkpoint_id,))
+            connection.execute("DELETE FROM positions WHERE checkpoint_id = ?", (checkpoint_id,))
+            return connection.execute("DELETE FROM rows WHERE checkpoint_id = ?", (checkpoint_id,)).rowcount
+
+    def positions(self, checkpoint_id: str) -> dict[int, tuple[int, int]]:
+        query = 'SELECT partition, epoch, "offset" FROM positions WHERE checkpoint_id = ?'
+        with self._transaction("BEGIN") as connection:
+            return {p: (epoch, offset) for p, epoch, offset in connection.execute(query, (checkpoint_id,))}
+
+    def commit_positions(self, checkpoint_id: str, epoch: int, offsets: Mapping[int, int]) -> None:
+        with self._durable_transaction() as connection:
+            values = [(checkpoint_id, partition, epoch, offset) for partition, offset in offsets.items()]
+            connection.executemany(_COMMIT_POSITION, values)
+
+    def backfill(self, checkpoint_id: str) -> Backfill | None:
+        query = "SELECT record FROM backfills WHERE checkpoint_id = ?"
+        with self._transaction("BEGIN") as connection:
+            row = connection.execute(query, (checkpoint_id,)).fetchone()
+        return None if row is None else msgspec.json.decode(row[0], type=Backfill)
+
+    def record_backfill(self, checkpoint_id: str, backfill: Backfill) -> None:
+        record = msgspec.json.encode(backfill).decode()
+        with self._durable_transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO backfills VALUES (?, ?)", (checkpoint_id, record))
+
+    def close(self) -> None:
+        """Give the idle connections back; a later call opens the file again."""
+        while self._idle:
+            self._idle.pop().close()
+        self._identity = None
+
+    def remove(self) -> None:
+        """Delete the store: every checkpoint's rows, positions and records."""
+        self.close()
+        for suffix in ("", "-wal", "-shm"):
+            Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+
+    def _now_ms(self) -> int:
+        return int(self._clock() * 1000)
+
+    def _expired_ms(self, now_ms: int) -> int:
+        """Rows written at or before this time are expired."""
+        return -1 if self.ttl_s is None else now_ms - int(self.ttl_s * 1000)
+
+    def _durable_transaction(self) -> AbstractContextManager[sqlite3.Connection]:
+        """A write that, once returned, survives a power cut together with all writes before it."""
+        return self._transaction("BEGIN IMMEDIATE", "FULL")
+
+    @contextmanager
+    def _transaction(self, begin: str, synchronous: str = "NORMAL") -> Iterator[sqlite3.Connection]:
+        """One transaction on a connection of its own; a failed one is rolled back by closing the connection."""
+        connection = None
+        try:
+            connection = self._take()
+            connection.execute(f"PRAGMA synchronous = {synchronous}")
+            connection.execute(begin)
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            explained = _explained(error, self.path)
+            if explained is error:
+                raise
+            raise explained from error
+        self._idle.append(connection)
+
+    def _take(self) -> sqlite3.Connection:
+        """An idle connection of this process, or a new one."""
+        if self._pid != os.getpid():
+            _ABANDONED.append(self._idle)
+            self._idle, self._identity, self._pid = [], None, os.getpid()
+        if self._identity is None:
+            connection = _open(self.path)
+            self._identity = _identity(self.path)
+            return connection
+        # Without this, a writer would go on for days in a file that nobody else can see any more.
+        if _identity(self.path) != self._identity:
+            raise StoreError(f"online store {self.path} was removed or replaced while in use; restart this program")
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _open(self.path)
+
+
+def _values(put: RowPut) -> dict[str, str | int | bytes | None]:
+    return {
+        "user_id": put.user_id,
+        "epoch": put.stamp.epoch,
+        "offset": put.stamp.offset,
+        "revision": put.stamp.revision,
+        "partition": put.stamp.partition,
+        "folded_epoch": put.folded_stamp.epoch,
+        "folded_offset": put.folded_stamp.offset,
+        "folded_revision": put.folded_stamp.revision,
+        "folded": put.folded,
+        "recent": put.recent,
+    }
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    try:
+        _enter_wal(connection, path)
+        # Deleted rows are overwritten with zeros: an erased user's history does not stay in free pages.
+        connection.execute("PRAGMA secure_delete = ON")
+        if _schema_version(connection) == 0:
+            _create(connection)
+        version = _schema_version(connection)
+        if version != SCHEMA_VERSION:
+            raise StoreError(
+                f"online store {path} has schema {version}, this program knows {SCHEMA_VERSION}; "
+                "use the program that made it, or move it away and run the backfill again"
+            )
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _enter_wal(connection: sqlite3.Connection, path: Path) -> None:
+    """SQLite does not wait for its lock when two processes switch a new file at once, so this does."""
+    deadline_s = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            break
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.01)
+    if mode != "wal":
+        raise StoreError(f"online store {path} cannot use a write-ahead log; put it on a local disk")
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    if _schema_version(connection) == 0:
+        for statement in _SCHEMA.split(";"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+
+
+def _schema_version(connection: sqlite3.Connection) -> int:
+    return connection.execute("PRAGMA user_version").fetchone()[0]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return (status.st_dev, status.st_ino)
+
+
+def _explained(error: BaseException, path: Path) -> BaseException:
+    """What a caller should see instead of SQLite's error; any other error as it is."""
+    if isinstance(error, UnicodeEncodeError):
+        return InputError(f"user id {error.object!r} is not Unicode text ({error.reason}); no event can carry it")
+    if not isinstance(error, sqlite3.Error):
+        return error
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return disk_error(OSError(errno.ENOSPC, str(error)), path)
+    remedy = _REMEDIES.get(code, "this is a fault of the program: report it")
+    return StoreError(f"online store {path}: {error}; {remedy}")

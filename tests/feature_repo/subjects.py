@@ -1,0 +1,60 @@
+"""The stores under test, how time passes for them, and plain puts: stores do not look into the bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from feature_repo.sqlite_store import SqliteRows
+from feature_repo.store import RowPut, RowStore
+from models.row import RowBytes
+from models.wire import Stamp
+
+A, B = "a" * 32, "b" * 32
+
+
+@dataclass
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    now_s: float = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@dataclass
+class SqliteSubject:
+    """How the tests open the embedded store, and how time passes for it."""
+
+    folder: Path
+    clock: Clock = field(default_factory=Clock)
+
+    def open(self, ttl_s: float | None = None) -> RowStore:
+        return SqliteRows(self.folder / "online.db", ttl_s, self.clock)
+
+    def wait(self, seconds: float) -> None:
+        self.clock.now_s += seconds
+
+
+def stamp(offset: int, *, epoch: int = 0, revision: int = 0) -> Stamp:
+    return Stamp(epoch=epoch, partition=0, offset=offset, revision=revision)
+
+
+def whole(user_id: str, at: Stamp, folded: Stamp | None = None) -> RowPut:
+    """A whole row whose two parts both say its stamp, over several database pages."""
+    mark = repr(at.order).encode() * 400
+    return RowPut(user_id=user_id, stamp=at, recent=mark, folded_stamp=folded or at, folded=mark)
+
+
+def partial(user_id: str, at: Stamp, folded: Stamp) -> RowPut:
+    return RowPut(user_id=user_id, stamp=at, recent=b"new", folded_stamp=folded, folded=None)
+
+
+def bytes_of(put: RowPut) -> RowBytes:
+    assert put.folded is not None
+    return RowBytes(folded=put.folded, recent=put.recent)
+
+
+def get(store: RowStore, user_id: str, checkpoint_id: str = A) -> RowBytes | None:
+    return store.get_rows(checkpoint_id, [user_id])[0]
