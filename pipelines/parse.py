@@ -1,0 +1,56 @@
+"""Records to checked events: what is no event goes to the dead letters, the rest on as columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import apache_beam as beam
+from apache_beam.metrics import Metrics
+
+from models.event import EventColumns, parse_batch
+from pipelines.dead_letters import DeadLetter
+from pipelines.records import Records
+
+LETTERS = "letters"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventBatch:
+    """Checked events of one partition, in log order."""
+
+    epoch: int
+    partition: int
+    columns: EventColumns
+
+
+def parse_records(records: Records) -> tuple[EventBatch, list[DeadLetter]]:
+    """The events among the records, and a letter for each of the others."""
+    columns, rejects = parse_batch(records.values, records.offset_N)
+    letters = [
+        DeadLetter(
+            epoch=records.epoch,
+            partition=records.partition,
+            offset=reject.offset,
+            reason=reject.reason,
+            detail=reject.detail,
+            value=reject.value,
+        )
+        for reject in rejects
+    ]
+    return EventBatch(epoch=records.epoch, partition=records.partition, columns=columns), letters
+
+
+class ParseRecords(beam.DoFn):
+    """`parse_records`; dead letters go to the output LETTERS."""
+
+    def __init__(self) -> None:
+        self._records = Metrics.counter("vql", "records_read")
+
+    def process(self, records: Records) -> Iterator[EventBatch | beam.pvalue.TaggedOutput]:
+        self._records.inc(len(records))
+        batch, letters = parse_records(records)
+        if letters:
+            yield beam.pvalue.TaggedOutput(LETTERS, letters)
+        if len(batch.columns):
+            yield batch

@@ -1,0 +1,181 @@
+"""The stream: keeps the rows of one checkpoint up to date with a log. `build` is the whole of it on one screen.
+
+Read, parse, encode and update are fused into one stage with no shuffle in between: a runner finalises the positions
+of a bundle only after its puts, so a stream that dies at any moment repeats at most one bundle, which the rows'
+stamps skip. Several streams, each with its share of the partitions, or by mistake with the same ones, are safe.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import apache_beam as beam
+import structlog
+from apache_beam.io.unbounded_source import ReadFromUnboundedSource, UnboundedSource
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.runners.runner import PipelineResult
+
+from models.checkpoint import open_checkpoint
+from pipelines.dead_letters import KeepDeadLetters
+from pipelines.delta_source import DeltaSource, open_log
+from pipelines.encode import EncodeEvents
+from pipelines.parse import LETTERS, ParseRecords
+from pipelines.positions import slices, start_positions
+from pipelines.records import Ledger, Slice
+from pipelines.update import UpdateCounts, UpdateRows
+from pipelines.worker import CheckpointRef, RowsHandle, forget_opened, opened_rows, stop_requested
+
+IN_PROCESS = ("--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner", "--streaming")
+PROGRESS_INTERVAL_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamPlan:
+    """What one stream does.
+
+    `start`: "resume" at the committed positions or the backfill's cut, or "earliest", the explicit choice to go
+    without a backfill. `until`: "end", the log's end as of now, or "forever". `partitions`: None for all.
+    """
+
+    log_path: Path
+    checkpoint_path: Path
+    store: RowsHandle
+    dead_letters_path: Path
+    start: Literal["resume", "earliest"] = "resume"
+    until: Literal["end", "forever"] = "end"
+    partitions: tuple[int, ...] | None = None
+    batch_size: int = 10_000
+    bundle_s: float = 2.0
+    poll_s: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamReport:
+    """What a stream did. records_read = dead letters met + events_folded + events_skipped; dead_letters: new ones."""
+
+    seconds: float
+    records_read: int = 0
+    dead_letters: int = 0
+    unknown_items: int = 0
+    unknown_actions: int = 0
+    events_folded: int = 0
+    events_skipped: int = 0
+    conflicts: int = 0
+    rows_written: int = 0
+    bytes_written: int = 0
+
+
+def build(pipeline: beam.Pipeline, source: UnboundedSource, checkpoint: CheckpointRef, plan: StreamPlan) -> None:
+    """Read, parse, encode, update; what is no event is kept aside."""
+    parsed = (
+        pipeline
+        | "Read" >> ReadFromUnboundedSource(source, plan.poll_s, max_read_time_seconds=bundle_share_s(source, plan))
+        | "Parse" >> beam.ParDo(ParseRecords()).with_outputs(LETTERS, main="events")
+    )
+    parsed[LETTERS] | "KeepDeadLetters" >> beam.ParDo(KeepDeadLetters(plan.dead_letters_path))
+    (
+        parsed["events"]
+        | "Encode" >> beam.ParDo(EncodeEvents(checkpoint))
+        | "Update" >> beam.ParDo(UpdateRows(checkpoint, plan.store))
+        | "LogProgress" >> beam.ParDo(LogProgress())
+    )
+
+
+def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS) -> StreamReport:
+    """Run the stream to its end; SIGTERM and SIGINT end it cleanly. pipeline_args are Beam's own options.
+
+    Raises InputError, CheckpointError, StoreError or WireError: before anything runs where that can be known, else
+    when the worker stopped (runners in other processes hand it back as the text of a RuntimeError). Either way the
+    next start goes on where the committed positions are.
+    """
+    forget_opened()
+    checkpoint = CheckpointRef(
+        path=plan.checkpoint_path, checkpoint_id=open_checkpoint(plan.checkpoint_path).checkpoint_id
+    )
+    source = resolve(plan, checkpoint.checkpoint_id)
+    log = structlog.get_logger()
+    log.info("stream starts", log=str(plan.log_path), until=plan.until, slices=[_words(s) for s in source.slices])
+    started_s = time.monotonic()
+    pipeline = beam.Pipeline(options=PipelineOptions(list(pipeline_args)))
+    build(pipeline, source, checkpoint, plan)
+    with ended_by_signals():
+        result = pipeline.run()
+        result.wait_until_finish()
+    report = StreamReport(seconds=time.monotonic() - started_s, **_counts(result))
+    log.info("stream ended", events=report.events_folded, skipped=report.events_skipped, seconds=report.seconds)
+    return report
+
+
+def resolve(plan: StreamPlan, checkpoint_id: str) -> DeltaSource:
+    """The source with the position of every partition. Here, because Beam only logs what a source's split raises."""
+    log, rows = open_log(plan.log_path), opened_rows(plan.store)
+    positions = start_positions(log, rows.positions(checkpoint_id), rows.backfill(checkpoint_id), plan.start)
+    return DeltaSource(
+        path=plan.log_path,
+        slices=slices(log, positions, plan.partitions, plan.until),
+        ledger=Ledger(store=plan.store, checkpoint_id=checkpoint_id, epoch=log.epoch),
+        batch_size=plan.batch_size,
+    )
+
+
+def bundle_share_s(source: DeltaSource, plan: StreamPlan) -> float:
+    """The in-process runner reads the partitions one after another within a bundle."""
+    return plan.bundle_s / len(source.slices)
+
+
+class LogProgress(beam.DoFn):
+    """A line every PROGRESS_INTERVAL_S, per worker process."""
+
+    def setup(self) -> None:
+        self._since_s, self._events = time.monotonic(), 0
+
+    def process(self, counts: UpdateCounts) -> None:
+        self._events += counts.events_folded + counts.events_skipped
+        elapsed_s = time.monotonic() - self._since_s
+        if elapsed_s >= PROGRESS_INTERVAL_S:
+            structlog.get_logger().info("stream", events_per_s=round(self._events / elapsed_s))
+            self.setup()
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGINT end the readers of this process; a second one has its usual effect."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def end(_number: int, _frame: object) -> None:
+        stop_requested.set()
+        restore()
+
+    for number in usual:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def _counts(result: PipelineResult) -> dict[str, int]:
+    found = result.metrics().query(beam.metrics.MetricsFilter().with_namespace("vql"))["counters"]
+    totals: dict[str, int] = {}
+    for metric in found:
+        name = metric.key.metric.name
+        totals[name] = totals.get(name, 0) + metric.result
+    return totals
+
+
+def _words(part: Slice) -> str:
+    return f"{part.partition}: {part.after_offset + 1}..{'' if part.until_offset is None else part.until_offset}"

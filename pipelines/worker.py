@@ -1,0 +1,64 @@
+"""What a worker process opens once and shares among its steps: the store and the checkpoint. Nothing kept matters.
+
+`run` forgets it first, so that a second stream in one process sees the item table and the store as they are now.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from feature_repo.store import RowStore
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.errors import MismatchError
+from models.row import Fold
+
+# Set by a signal: readers in this process then report the end of their partition, as if the log ended here.
+stop_requested = threading.Event()
+
+
+class RowsHandle(Protocol):
+    """What travels to the workers in place of an open store: picklable, hashable, equal when the same store."""
+
+    def open(self) -> RowStore: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointRef:
+    """A checkpoint by path and id, so that a worker which finds another one there stops."""
+
+    path: Path
+    checkpoint_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opened:
+    """A checkpoint and its item table, in memory."""
+
+    checkpoint: Checkpoint
+    fold: Fold
+
+
+@lru_cache(maxsize=1)
+def opened_rows(handle: RowsHandle) -> RowStore:
+    """The store, opened once per process."""
+    return handle.open()
+
+
+@lru_cache(maxsize=1)
+def opened_checkpoint(ref: CheckpointRef) -> Opened:
+    """The checkpoint, opened once per process. Raises CheckpointError, and MismatchError when it was replaced."""
+    checkpoint = open_checkpoint(ref.path)
+    if checkpoint.checkpoint_id != ref.checkpoint_id:
+        raise MismatchError(f"{ref.path} is checkpoint {checkpoint.checkpoint_id}, not {ref.checkpoint_id}; restart")
+    return Opened(checkpoint=checkpoint, fold=checkpoint.fold())
+
+
+def forget_opened() -> None:
+    """Open the store and the checkpoint anew at their next use in this process."""
+    opened_rows.cache_clear()
+    opened_checkpoint.cache_clear()
+    stop_requested.clear()

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from feature_repo.store import Backfill
+from models.errors import InputError, StoreError
+from pipelines.delta_source import Log
+from pipelines.positions import slices, start_positions
+from pipelines.records import Slice
+
+LOG = Log(path=Path("log"), epoch=2, ends={0: 100, 1: 50, 2: -1})
+
+
+def backfill(cut: dict[int, int], epoch: int = 2) -> Backfill:
+    return Backfill(epoch=epoch, cut=cut, users=1, events=1, log="log")
+
+
+def test_a_stream_resumes_at_the_committed_positions() -> None:
+    assert start_positions(LOG, {0: (2, 7), 1: (2, 8), 2: (2, -1)}, None, "resume") == {0: 7, 1: 8, 2: -1}
+
+
+def test_the_first_stream_starts_at_the_cut_and_at_the_beginning_of_what_the_backfill_did_not_meet() -> None:
+    assert start_positions(LOG, {}, backfill({0: 90, 1: 50}), "resume") == {0: 90, 1: 50, 2: -1}
+
+
+def test_the_later_of_cut_and_committed_position_counts() -> None:
+    assert start_positions(LOG, {0: (2, 95), 1: (2, 3)}, backfill({0: 90, 1: 50}), "resume") == {0: 95, 1: 50, 2: -1}
+
+
+def test_without_a_backfill_nothing_starts_but_by_explicit_choice() -> None:
+    with pytest.raises(StoreError, match=r"never backfilled; run vql backfill, or start with --from earliest"):
+        start_positions(LOG, {0: (2, 7)}, None, "resume")
+
+    assert start_positions(LOG, {0: (2, 7)}, None, "earliest") == {0: -1, 1: -1, 2: -1}
+
+
+@pytest.mark.parametrize("start", ["resume", "earliest"])
+def test_another_epoch_is_refused(start) -> None:
+    with pytest.raises(StoreError, match=r"epoch 1.*vql backfill"):
+        start_positions(LOG, {}, backfill({0: 1}, epoch=1), start)
+    with pytest.raises(StoreError, match="epoch 3"):
+        start_positions(LOG, {0: (3, 1)}, backfill({0: 1, 1: 1}), start)
+
+
+def test_a_backfill_of_the_new_epoch_supersedes_old_positions() -> None:
+    assert start_positions(LOG, {0: (1, 5000)}, backfill({0: 9}), "resume") == {0: 9, 1: -1, 2: -1}
+
+
+def test_a_log_shorter_than_the_rows_is_refused() -> None:
+    with pytest.raises(StoreError, match="up to offset 101, but log ends at 100"):
+        start_positions(LOG, {}, backfill({0: 101}), "resume")
+
+
+def test_slices_end_where_the_log_ends_or_never() -> None:
+    positions = {0: 7, 1: 8, 2: -1}
+
+    assert slices(LOG, positions, None, "end")[2] == Slice(partition=2, after_offset=-1, until_offset=-1)
+    assert slices(LOG, positions, (1,), "forever") == (Slice(partition=1, after_offset=8, until_offset=None),)
+
+
+@pytest.mark.parametrize("partitions", [(0, 3), ()])
+def test_partitions_that_the_log_does_not_have_are_refused(partitions) -> None:
+    with pytest.raises(InputError, match="0 to 2"):
+        slices(LOG, {0: 0, 1: 0, 2: 0}, partitions, "end")
