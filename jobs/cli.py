@@ -1,0 +1,309 @@
+"""The command line `vql`: each command parses, calls one function, and prints what it did.
+
+Errors of this product are one line and an exit code (see models.errors); --debug shows the stack.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from models.errors import InputError, VqlError
+from models.files import disk_error
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="A streaming per-codeword cache that gives rankers attention over a user's whole history.\n\n"
+    "The way of an event: [b]ingest[/b] (files to the log), [b]train[/b] (log to checkpoint), [b]encode-items[/b], "
+    "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]rank[/b]. [b]demo[/b] goes all of it.",
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Log = Annotated[Path, typer.Option(help="Folder of the log: Delta tables events, items, quarantine.")]
+State = Annotated[Path, typer.Option(envvar="VQL_STATE", help="Folder of the online store and Feast's registry.")]
+CheckpointPath = Annotated[Path, typer.Option("--checkpoint", help="A checkpoint directory, made by vql train.")]
+Master = Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")]
+Columns = Annotated[
+    list[str], typer.Option("--column", help="FIELD=SQL expression over the file's columns; repeatable.")
+]
+LOCAL = "local[2]"
+
+
+def _version(value: bool) -> None:
+    if value:
+        out.print(importlib.metadata.version("vql-cache"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the stack of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    if debug:
+        os.environ["VQL_DEBUG"] = "1"
+
+
+@app.command()
+def ingest(
+    source: Annotated[Path, typer.Option("--input", help="A Parquet or CSV file or folder.")],
+    log: Log,
+    format_: Annotated[str, typer.Option("--format", help="parquet or csv (with a header)")] = "parquet",
+    column: Columns = [],
+    where: Annotated[str, typer.Option(help="SQL condition: which rows of the file to take.")] = "true",
+    partitions: Annotated[int, typer.Option(min=1, help="Partitions of a new log; an existing one keeps its own.")] = 4,
+    master: Master = LOCAL,
+) -> None:
+    """Append the events of a file to the log, each with a partition and an offset.
+
+    Running it again appends nothing twice. Rows that are no events go to the table quarantine with the reason.
+
+    Example: vql ingest --input buys.csv --format csv --log build/log --column user_id=customer
+    --column "event_time_ms=unix_millis(to_timestamp(bought_at))" --column "action='purchase'"
+    """
+    from jobs.ingest import EventSource
+    from jobs.ingest import ingest as run
+    from jobs.spark import open_spark
+
+    chosen = EventSource(path=source, format=format_, columns=_pairs(column), where=where)
+    report = run(open_spark(master), chosen, log, partitions)
+    out.print(
+        f"{report.read:,} rows read: {report.appended:,} events appended, {report.already:,} already in the log, "
+        f"{report.quarantined:,} quarantined"
+    )
+
+
+@app.command("ingest-items")
+def ingest_items(
+    source: Annotated[Path, typer.Option("--input", help="A Parquet or CSV file of items, one row each.")],
+    log: Log,
+    format_: Annotated[str, typer.Option("--format", help="parquet or csv (with a header)")] = "parquet",
+    column: Columns = [],
+    master: Master = LOCAL,
+) -> None:
+    """Replace the log's table of static item context: item_id and the declared fields (category, author, ...)."""
+    from jobs.ingest import ingest_items as run
+    from jobs.spark import open_spark
+
+    out.print(f"{run(open_spark(master), source, format_, _pairs(column), log):,} items")
+
+
+@app.command()
+def train(
+    log: Log,
+    checkpoint: Annotated[Path, typer.Option(help="Where to write the checkpoint.")],
+    work: Annotated[Path, typer.Option(help="Folder for examples and training state; resumed from.")],
+    model: Annotated[str, typer.Option(help="vql, din_50 or no_history")] = "vql",
+    field: Annotated[list[str], typer.Option(help="An item field to use, from vql ingest-items; repeatable.")] = [],
+    half_life: Annotated[
+        list[str], typer.Option(help="One per head: 12h, 7d or never; commas for several rates of a head.")
+    ] = ["1d", "7d", "28d", "never"],
+    groups: Annotated[int, typer.Option(min=1, help="Groups of heads, each with a codebook.")] = 4,
+    codewords: Annotated[int, typer.Option(min=2, help="Codewords of each group.")] = 256,
+    window: Annotated[int, typer.Option(min=0, help="W: recent events kept raw in a row, at most 2 W.")] = 64,
+    length: Annotated[int, typer.Option(min=1, help="Events of history per training example.")] = 512,
+    epochs: Annotated[int, typer.Option(min=1)] = 1,
+    per_user: Annotated[int, typer.Option(min=1, help="Training impressions per user at most.")] = 16,
+    seed: int = 0,
+    log_version: Annotated[int | None, typer.Option(help="Delta version of the log to read; newest if absent.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
+    master: Master = LOCAL,
+) -> None:
+    """Train a model on the log and write a checkpoint. After a kill, the same command continues."""
+    from jobs.examples import ExamplePlan
+    from jobs.spark import open_spark
+    from jobs.train import TrainJob, parse_half_lives, run_training
+    from models.checkpoint import Sizes
+
+    half_lives = parse_half_lives(half_life)
+    job = TrainJob(
+        log=str(log),
+        fields=tuple(field),
+        model=model,
+        sizes=_sizes(Sizes, heads=len(half_lives), groups=groups, codewords=codewords, window=window),
+        half_life_ms=half_lives,
+        examples=ExamplePlan(per_user=per_user, seed=seed),
+        length=length,
+        epochs=epochs,
+        seed=seed,
+        log_version=log_version,
+    )
+    made = run_training(open_spark(master), job, work, checkpoint, processes)
+    loss = made.manifest.metrics["train_loss"]
+    out.print(f"checkpoint {made.checkpoint_id} in {checkpoint}, training loss {loss:.4f}")
+
+
+@app.command("encode-items")
+def encode_items(
+    checkpoint: CheckpointPath,
+    log: Log,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the table anew: only before any backfill.")] = False,
+    master: Master = LOCAL,
+) -> None:
+    """Add the log's new items to the checkpoint's item table: a code per group and a value per head."""
+    from jobs.encode_items import encode_items as run
+    from jobs.spark import open_spark
+    from models.checkpoint import open_checkpoint
+
+    added, total = run(open_spark(master), open_checkpoint(checkpoint), log, rebuild=rebuild)
+    out.print(f"{added:,} items added; the table holds {total:,}")
+
+
+@app.command()
+def backfill(
+    checkpoint: CheckpointPath,
+    log: Log,
+    state: State,
+    cut: Annotated[
+        str | None, typer.Option(help="PARTITION=OFFSET,... to fold up to; the log's end if absent.")
+    ] = None,
+    master: Master = LOCAL,
+) -> None:
+    """Write the rows of every user at a cut of the log. The stream of the checkpoint then starts there."""
+    from feature_repo.handle import StoreHandle
+    from feature_repo.repo import open_repo, register
+    from jobs.backfill import backfill as run
+    from jobs.spark import open_spark
+    from models.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    register(open_repo(state), opened.checkpoint_id)
+    done = run(open_spark(master), opened, log, StoreHandle(state=state), _cut(cut))
+    out.print(f"{done.users:,} rows with {done.events:,} events, complete up to {done.cut}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def stream(
+    context: typer.Context,
+    checkpoint: CheckpointPath,
+    log: Log,
+    state: State,
+    until: Annotated[str, typer.Option(help="end: stop at the log's end as of now. forever: follow it.")] = "forever",
+    from_: Annotated[
+        str, typer.Option("--from", help="resume: at the committed positions or the backfill's cut. earliest.")
+    ] = "resume",
+    partitions: Annotated[str | None, typer.Option(help="0,1,2: this process's share of the log.")] = None,
+) -> None:
+    """Fold new events of the log into the users' rows. Kill it at will; the same command goes on.
+
+    Options of the Beam runner follow after --, for example: vql stream ... -- --runner=PortableRunner
+    """
+    from feature_repo.handle import StoreHandle
+    from pipelines.stream import IN_PROCESS, StreamPlan, run
+
+    plan = StreamPlan(
+        log_path=log / "events",
+        checkpoint_path=checkpoint,
+        store=StoreHandle(state=state),
+        dead_letters_path=log / "dead_letters",
+        start=_choice("--from", from_, ("resume", "earliest")),
+        until=_choice("--until", until, ("end", "forever")),
+        partitions=None if partitions is None else tuple(_integer("--partitions", p) for p in partitions.split(",")),
+    )
+    report = run(plan, context.args or IN_PROCESS)
+    out.print(
+        f"{report.events_folded:,} events folded in {report.seconds:.1f} s, {report.events_skipped:,} skipped as "
+        f"already in their rows, {report.dead_letters:,} dead letters, {report.unknown_items:,} of unknown items"
+    )
+
+
+@app.command()
+def rank(
+    user: Annotated[str, typer.Argument(help="The user id.")],
+    candidates: Annotated[str, typer.Option(help="Item ids, with commas between.")],
+    checkpoint: CheckpointPath,
+    state: State,
+    now_ms: Annotated[int | None, typer.Option(help="Time of the request, Unix ms; the clock's if absent.")] = None,
+) -> None:
+    """Score candidates for a user from the row in the feature store."""
+    from jobs.rank import rank_user
+
+    ranked = rank_user(user, [c for c in candidates.split(",") if c], checkpoint, state, now_ms)
+    table = Table(title=f"user {user}: {ranked.events:,} events, stamp {ranked.stamp}")
+    table.add_column("#", justify="right")
+    table.add_column("item")
+    table.add_column("score", justify="right")
+    table.add_column("")
+    for place, (item, score, known) in enumerate(ranked.candidates, 1):
+        table.add_row(str(place), item, f"{score:+.4f}", "" if known else "unknown item")
+    out.print(table)
+
+
+@app.command()
+def setup() -> None:
+    """Check Java and fetch Delta's jars, once; every job does so at its start if this was never run."""
+    from jobs.jars import delta_jars, require_java
+
+    out.print(f"Java: {require_java()}; {len(delta_jars())} Delta jars in {delta_jars()[0].parent}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where to work; replaces an earlier demo.")] = Path("build/demo"),
+) -> None:
+    """Take a real purchase log the whole way, check every part against an independent one, and write a report."""
+    from jobs.demo import run_demo
+
+    run_demo(folder, out)
+
+
+def main() -> None:
+    """Entry point: errors of this product become one line and an exit code."""
+    try:
+        app()
+    except (VqlError, OSError) as error:
+        shown = disk_error(error, Path(error.filename or "?")) if isinstance(error, OSError) else error
+        if os.environ.get("VQL_DEBUG") or not isinstance(shown, VqlError):
+            raise
+        err.print(f"[red]vql: {type(shown).__name__}:[/red] ", end="")
+        err.print(str(shown), markup=False, soft_wrap=True)
+        sys.exit(shown.exit_code)
+
+
+def _pairs(texts: list[str]) -> dict[str, str]:
+    pairs = [text.partition("=") for text in texts]
+    if bad := [text for text, (key, equals, value) in zip(texts, pairs, strict=True) if not (key and equals and value)]:
+        raise InputError(f"{bad[0]!r} is not FIELD=EXPRESSION")
+    return {key: value for key, _, value in pairs}
+
+
+def _cut(text: str | None) -> dict[int, int] | None:
+    if text is None:
+        return None
+    return {_integer("--cut", p): _integer("--cut", o) for p, o in _pairs(text.split(",")).items()}
+
+
+def _integer(option: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError(f"{option}: {text!r} is not a whole number") from error
+
+
+def _choice(option: str, text: str, choices: tuple[str, ...]) -> Any:
+    for choice in choices:
+        if text == choice:
+            return choice
+    raise InputError(f"{option}: {text!r} is none of {', '.join(choices)}")
+
+
+def _sizes(make, **numbers):
+    try:
+        return make(**numbers)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""`vql encode-items`: the item table of a checkpoint, made by Spark and only ever appended to.
+
+Every item of the log and of the items table that the item table does not hold yet is encoded from its static
+context: the embedding rows of its fields (0 for values the checkpoint was not trained with), then the code of each
+group and the value of each head. Segments are Parquet files written by the executors; the index names them last,
+so a killed run leaves no half table.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from jobs.spark import read_delta
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.errors import CheckpointError, InputError
+from models.item_table import append_segments, read_index
+from models.load import load_ranker
+from models.ranker import Ranker, VqlHistory
+
+# Spark has no unsigned integers: codes travel as int32 and are narrowed when the table is loaded.
+SEGMENT = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("code", pa.list_(pa.int32())),
+        ("value", pa.list_(pa.float32())),
+        ("feature", pa.list_(pa.int32())),
+    ]
+)
+
+
+def encode_items(spark: SparkSession, checkpoint: Checkpoint, log: Path, *, rebuild: bool = False) -> tuple[int, int]:
+    """Append the new items; returns (items added, items in the table)."""
+    folder = checkpoint.items_path
+    if checkpoint.manifest.model != "vql":
+        raise InputError(f"{checkpoint.path} is a {checkpoint.manifest.model} model: it has no codes for items")
+    if rebuild:
+        shutil.rmtree(folder, ignore_errors=True)
+    known = _known_segments(folder, checkpoint.checkpoint_id)
+    items = _items(spark, log, checkpoint.manifest.fields[1:])
+    if known:
+        encoded = spark.read.parquet(*(str(folder / name) for name in known))
+        items = items.join(encoded.select("item_id"), "item_id", "left_anti")
+    run = folder / f"run-{len(known):05d}"
+    shutil.rmtree(run, ignore_errors=True)
+    # One sort by id, so that the same items get the same indices on any cluster.
+    encoded = items.orderBy("item_id").mapInArrow(_encoder(str(checkpoint.path)), from_arrow_schema(SEGMENT))
+    encoded.write.parquet(str(run))
+    files = sorted(run.glob("*.parquet"))
+    if not known:
+        files.insert(0, _unknown_segment(checkpoint, folder))
+    before = sum(s.items for s in read_index(folder).segments) if known else 0
+    index = append_segments(folder, checkpoint.checkpoint_id, files)
+    after = sum(s.items for s in index.segments)
+    return after - before, after
+
+
+def encode_table(ranker: Ranker, item_ids: list[str], feature_NF: np.ndarray) -> pa.Table:
+    """Items with their embedding rows to a segment's columns."""
+    assert isinstance(ranker.history, VqlHistory)
+    with torch.inference_mode():
+        x_Nd = ranker.encoder.encode(torch.from_numpy(feature_NF))
+        code_NG = ranker.history.codes(x_Nd).numpy()
+        value_NV = ranker.history.values(x_Nd).flatten(1).numpy()
+    return pa.table(
+        {
+            "item_id": item_ids,
+            "code": pa.array(list(code_NG.astype(np.int32)), pa.list_(pa.int32())),
+            "value": pa.array(list(value_NV), pa.list_(pa.float32())),
+            "feature": pa.array(list(feature_NF.astype(np.int32)), pa.list_(pa.int32())),
+        },
+        schema=SEGMENT,
+    )
+
+
+def _known_segments(folder: Path, checkpoint_id: str) -> list[str]:
+    if not (folder / "items.json").exists():
+        return []
+    index = read_index(folder)
+    if index.checkpoint_id != checkpoint_id:
+        raise CheckpointError(f"{folder} is the item table of {index.checkpoint_id}; run with --rebuild")
+    return [s.name for s in index.segments]
+
+
+def _items(spark: SparkSession, log: Path, fields: list[str]) -> DataFrame:
+    """Every item id of the log and of the items table, with its fields as strings (null: not known)."""
+    ids = read_delta(spark, log / "events").select("item_id").distinct()
+    if not fields:
+        return ids
+    static = read_delta(spark, log / "items").selectExpr("item_id", *(f"CAST({f} AS STRING) AS {f}" for f in fields))
+    return static.join(ids, "item_id", "outer")
+
+
+def _encoder(path: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        checkpoint = open_checkpoint(Path(path))
+        fields = checkpoint.manifest.fields
+        indices = [{v: i + 1 for i, v in enumerate(checkpoint.vocabulary(f))} for f in fields]
+        ranker = load_ranker(checkpoint, np.zeros((1, len(fields)), np.int64))
+        for batch in batches:
+            columns = [batch[f].to_pylist() for f in fields]
+            feature_NF = np.array(
+                [[index.get(v, 0) for v in column] for index, column in zip(indices, columns, strict=True)], np.int64
+            ).T
+            yield from encode_table(ranker, columns[0], np.ascontiguousarray(feature_NF)).to_batches()
+
+    return encode
+
+
+def _unknown_segment(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Row 0: the item of which nothing is known."""
+    feature = np.zeros((1, len(checkpoint.manifest.fields)), np.int64)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "unknown.parquet"
+    pq.write_table(encode_table(load_ranker(checkpoint, feature), [""], feature), path)
+    return path

@@ -1,0 +1,247 @@
+"""Files to the log: `vql ingest` turns declared columns into events with a partition and an offset each.
+
+The log is one Delta table, `events`, partitioned by log partition. A user's events share a partition
+(crc32(user_id) mod partitions, librdkafka's "consistent" rule), and offsets are dense per partition: the log
+position is the clock of everything downstream. `value` keeps the event's own bytes.
+
+Running the same input again appends nothing: events whose event_id the log already holds are left out. What is no
+event goes to the table `quarantine` with its reason and the source row. The quarantine is written first and the
+events in one commit, so a kill between the two loses nothing and repeats nothing.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from delta.tables import DeltaTable
+from pyspark.errors import PySparkException
+from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+
+from jobs.spark import read_delta, table_version
+from models.errors import InputError
+from models.event import Event, parse_batch
+
+EVENT_FIELDS = tuple(f for f in Event.__struct_fields__)
+LOG_SCHEMA = (
+    "epoch int, partition int, offset long, event_id string, user_id string, item_id string, action string, "
+    "event_time_ms long, weight double, value binary"
+)
+CHECKED_ARROW = pa.schema(
+    [
+        *((name, pa.string()) for name in ("event_id", "user_id", "item_id", "action")),
+        ("event_time_ms", pa.int64()),
+        ("weight", pa.float64()),
+        ("value", pa.binary()),
+        *((name, pa.string()) for name in ("source", "reason", "detail")),
+    ]
+)
+INGEST_APP = "vql-ingest"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventSource:
+    """Files and, for each event field, the SQL expression over their columns that gives it.
+
+    A field that is not declared is read from the column of its own name. `where` keeps some rows only.
+    """
+
+    path: Path
+    format: str
+    columns: Mapping[str, str]
+    where: str = "true"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IngestReport:
+    """Rows read = appended + already in the log + quarantined (in this run's input)."""
+
+    read: int
+    appended: int
+    already: int
+    quarantined: int
+
+
+def ingest(spark: SparkSession, source: EventSource, log: Path, partitions: int = 4) -> IngestReport:
+    """Append the source's events to log/events. Raises InputError for a missing file or column."""
+    ranked = _mark_repeats(read_source(spark, source).mapInArrow(_check, from_arrow_schema(CHECKED_ARROW))).persist()
+    try:
+        counts = ranked.agg(F.count("*").alias("read"), F.count("reason").alias("bad")).collect()[0]
+        if counts["read"] == 0:
+            raise InputError(f"{source.path} holds no rows; nothing was ingested")
+        if counts["bad"]:
+            _quarantine(spark, ranked.where("reason IS NOT NULL"), log / "quarantine")
+        appended = _append(spark, ranked.where("reason IS NULL"), log / "events", partitions)
+    finally:
+        ranked.unpersist()
+    already = counts["read"] - counts["bad"] - appended
+    return IngestReport(read=counts["read"], appended=appended, already=already, quarantined=counts["bad"])
+
+
+def read_source(spark: SparkSession, source: EventSource) -> DataFrame:
+    """The event as JSON (`value`) and the source row as JSON (`source`). Raises InputError."""
+    unknown = set(source.columns) - set(EVENT_FIELDS)
+    if unknown:
+        raise InputError(f"{sorted(unknown)} are no event fields; declare some of {list(EVENT_FIELDS)}")
+    raw = _where(read_files(spark, source.path, source.format), source.where)
+    expressions = {f: source.columns.get(f, f if f in raw.columns else None) for f in EVENT_FIELDS}
+    expressions["weight"] = expressions["weight"] or "1.0"
+    missing = [f for f, e in expressions.items() if e is None]
+    if missing:
+        raise InputError(
+            f"{source.path} has no column for {missing}; declare one with --column {missing[0]}=EXPRESSION "
+            f"(its columns: {', '.join(raw.columns)})"
+        )
+    types = {"event_time_ms": "long", "weight": "double"}
+    fields = [F.expr(f"try_cast(({e}) AS {types.get(f, 'string')})").alias(f) for f, e in expressions.items()]
+    try:
+        return raw.select(
+            F.to_json(F.struct(*fields)).alias("value"), F.to_json(F.struct(*raw.columns)).alias("source")
+        )
+    except PySparkException as error:
+        raise InputError(f"a column expression cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def ingest_items(spark: SparkSession, path: Path, format_: str, columns: Mapping[str, str], log: Path) -> int:
+    """Replace log/items by the declared columns, `item_id` and any static fields, all as text; how many items.
+
+    Raises InputError for a missing file or column, and for an item that occurs twice.
+    """
+    raw = read_files(spark, path, format_)
+    if "item_id" not in columns and "item_id" not in raw.columns:
+        raise InputError(f"{path} has no column item_id; declare one with --column item_id=EXPRESSION")
+    expressions = {"item_id": "item_id", **columns}
+    try:
+        items = raw.select(*(F.expr(f"CAST(({e}) AS STRING)").alias(name) for name, e in expressions.items()))
+    except PySparkException as error:
+        raise InputError(f"a column expression cannot be used: {str(error).splitlines()[0]}") from error
+    twice = items.groupBy("item_id").count().where("count > 1").limit(3).collect()
+    if twice:
+        raise InputError(f"{path} holds several rows of items {[row[0] for row in twice]}; give one row per item")
+    items.write.format("delta").mode("overwrite").option("overwriteSchema", True).save(str(log / "items"))
+    return read_delta(spark, log / "items").count()
+
+
+def _where(raw: DataFrame, where: str) -> DataFrame:
+    try:
+        return raw.where(where)
+    except PySparkException as error:
+        raise InputError(f"--where {where!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def read_files(spark: SparkSession, path: Path, format_: str) -> DataFrame:
+    """Parquet, or CSV with a header, every column as text. Raises InputError."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give --input an existing file or folder")
+    try:
+        if format_ == "csv":
+            return spark.read.option("header", True).option("mode", "PERMISSIVE").csv(str(path))
+        if format_ == "parquet":
+            return spark.read.parquet(str(path))
+    except PySparkException as error:
+        raise InputError(f"{path} cannot be read as {format_}: {str(error).splitlines()[0]}") from error
+    raise InputError(f"format {format_!r} is not known; give csv or parquet")
+
+
+def log_properties(spark: SparkSession, events: Path) -> tuple[int, int]:
+    """(epoch, partitions) of a log, from its table properties."""
+    detail = DeltaTable.forPath(spark, str(events)).detail().select("properties").collect()[0][0]
+    return int(detail["vql.epoch"]), int(detail["vql.partitions"])
+
+
+def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Each row's event checked by the one contract, models.event: a batch of events, then one of rejects."""
+    for batch in batches:
+        values = [v.encode() for v in batch["value"].to_pylist()]
+        sources = batch["source"]
+        good, rejects = parse_batch(values, np.arange(len(values)))
+        yield _checked(
+            event_id=good.event_ids,
+            user_id=good.user_ids,
+            item_id=good.item_ids,
+            action=good.actions,
+            event_time_ms=good.time_ms_N,
+            weight=good.weight_N.astype(np.float64),
+            value=[values[i] for i in good.offset_N],
+            source=sources.take(pa.array(good.offset_N)),
+        )
+        if rejects:
+            yield _checked(
+                value=[r.value for r in rejects],
+                source=sources.take(pa.array([r.offset for r in rejects])),
+                reason=[r.reason for r in rejects],
+                detail=[r.detail for r in rejects],
+            )
+
+
+def _checked(**columns: Sequence) -> pa.RecordBatch:
+    """A batch of CHECKED_ARROW with nulls where no column is given."""
+    rows = len(columns["value"])
+    arrays = [pa.array(columns.get(f.name, [None] * rows), f.type) for f in CHECKED_ARROW]
+    return pa.record_batch(arrays, schema=CHECKED_ARROW)
+
+
+def _mark_repeats(checked: DataFrame) -> DataFrame:
+    """Of several events with one id in this input, all but the first get the reason "repeated"."""
+    first = Window.partitionBy("event_id", F.col("reason").isNull()).orderBy("event_time_ms", "value")
+    repeated = F.col("reason").isNull() & (F.row_number().over(first) > 1)
+    marked = checked.withColumn("repeated", repeated)
+    return marked.select(
+        *(c for c in checked.columns if c not in ("reason", "detail")),
+        F.when(F.col("repeated"), "repeated").otherwise(F.col("reason")).alias("reason"),
+        F.when(F.col("repeated"), "event_id occurs twice in the input").otherwise(F.col("detail")).alias("detail"),
+    )
+
+
+def _quarantine(spark: SparkSession, bad: DataFrame, path: Path) -> None:
+    """Append the bad rows that the table does not hold yet."""
+    bad = bad.select("reason", "detail", "source", F.sha2(F.concat_ws("|", "reason", "source"), 256).alias("digest"))
+    bad = bad.dropDuplicates(["digest"])
+    if DeltaTable.isDeltaTable(spark, str(path)):
+        bad = bad.join(read_delta(spark, path).select("digest"), "digest", "left_anti")
+    bad.select("digest", "reason", "detail", "source").write.format("delta").mode("append").save(str(path))
+
+
+def _append(spark: SparkSession, events: DataFrame, path: Path, partitions: int) -> int:
+    """Give the new events their offsets and commit them at once; how many there were."""
+    if not DeltaTable.isDeltaTable(spark, str(path)):
+        _create(spark, path, partitions)
+    epoch, partitions = log_properties(spark, path)
+    version = table_version(spark, path)
+    log = read_delta(spark, path, version)
+    fresh = events.join(log.select("event_id"), "event_id", "left_anti")
+    fresh = fresh.withColumn("partition", F.expr(f"CAST(crc32(CAST(user_id AS BINARY)) % {partitions} AS INT)"))
+    ends = log.groupBy("partition").agg(F.max("offset").alias("end"))
+    order = Window.partitionBy("partition").orderBy("event_time_ms", "event_id")
+    fresh = fresh.join(F.broadcast(ends), "partition", "left").select(
+        F.lit(epoch).cast("int").alias("epoch"),
+        "partition",
+        (F.coalesce("end", F.lit(-1)) + F.row_number().over(order)).cast("long").alias("offset"),
+        *("event_id", "user_id", "item_id", "action", "event_time_ms", "weight", "value"),
+    )
+    run = uuid.uuid4().hex
+    # The application version makes two ingests that read the same table version exclude each other: offsets are unique.
+    writer = fresh.write.format("delta").mode("append").option("userMetadata", run)
+    try:
+        writer.option("txnAppId", INGEST_APP).option("txnVersion", version + 1).save(str(path))
+    except PySparkException as error:
+        if "ConcurrentTransaction" in str(error):
+            raise InputError(f"another ingest wrote to {path} at the same time; run this one again") from error
+        raise
+    last = DeltaTable.forPath(spark, str(path)).history().where(F.col("userMetadata") == run).collect()
+    if not last:
+        raise InputError(f"another ingest wrote to {path} at the same time; run this one again")
+    return int(last[0]["operationMetrics"]["numOutputRows"])
+
+
+def _create(spark: SparkSession, path: Path, partitions: int) -> None:
+    builder = DeltaTable.createIfNotExists(spark).location(str(path)).partitionedBy("partition")
+    for column in LOG_SCHEMA.split(", "):
+        builder = builder.addColumn(*column.split(" "))
+    builder.property("vql.partitions", str(partitions)).property("vql.epoch", "1").execute()

@@ -1,0 +1,57 @@
+"""`vql rank`: one user's candidates, scored from the row that Feast holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from feature_repo.handle import StoreHandle
+from feature_repo.reader import Reader
+from models.checkpoint import open_checkpoint
+from models.errors import InputError, StoreError
+from models.item_table import UNKNOWN
+from models.load import load_ranker
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranked:
+    """Candidates with logit and whether the item table knows them, best first; the row they were read from."""
+
+    candidates: list[tuple[str, float, bool]]
+    events: int
+    stamp: str
+
+
+def rank_user(
+    user_id: str, item_ids: Sequence[str], checkpoint_path: Path, state: Path, now_ms: int | None = None
+) -> Ranked:
+    """Raises InputError for no candidates or an unknown user, StoreError when the user's row cannot be used."""
+    if not item_ids:
+        raise InputError("no candidates; give --candidates ITEM,ITEM,...")
+    checkpoint = open_checkpoint(checkpoint_path)
+    using = checkpoint.fold()
+    reader = Reader(StoreHandle(state=state).open(), checkpoint, using)
+    (row,), missing = reader.read_rows([user_id])
+    if row is None:
+        reason = missing[user_id]
+        if reason == "absent":
+            raise InputError(f"user {user_id!r} has no row of checkpoint {checkpoint.checkpoint_id} in {state}")
+        raise StoreError(f"the row of user {user_id!r} is {reason}; repair it by vql backfill")
+    ranker = load_ranker(checkpoint, using.table.feature_MF)
+    item_C = using.table.lookup(item_ids)
+    now_ms = int(time.time() * 1000) if now_ms is None else now_ms
+    with torch.inference_mode():
+        caches = reader.read([user_id]).caches
+        logit_BC = ranker.from_cache(torch.from_numpy(item_C)[None], caches, torch.tensor([now_ms]))
+    order = np.argsort(-logit_BC[0].numpy(), kind="stable")
+    stamp = row.stamp
+    return Ranked(
+        candidates=[(item_ids[c], float(logit_BC[0, c]), bool(item_C[c] != UNKNOWN)) for c in order],
+        events=row.count,
+        stamp=f"{stamp.epoch}:{stamp.partition}:{stamp.offset}.{stamp.revision}",
+    )
