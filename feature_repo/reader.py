@@ -58,14 +58,17 @@ class Reader:
         """The caches of these users, recent events folded in; one bad row does not disturb the others."""
         rows, missing = self.read_rows(user_ids)
         unknown_items = 0
-        caches: list[Cache | None] = []
-        for row in rows:
+        caches: list[Cache | None] = [None] * len(rows)
+        for b, row in enumerate(rows):
             if row is None:
-                caches.append(None)
                 continue
             readable, unknown = self._within_table(row)
+            try:
+                caches[b] = whole_cache(readable, self.fold)
+            except WireError:
+                missing[user_ids[b]] = DAMAGED
+                continue
             unknown_items += unknown
-            caches.append(whole_cache(readable, self.fold))
         return Read(caches=CacheBatch.of(self.fold.spec, caches), missing=missing, unknown_items=unknown_items)
 
     def read_rows(self, user_ids: Sequence[str]) -> tuple[list[Row | None], dict[str, str]]:

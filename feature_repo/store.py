@@ -16,8 +16,8 @@ from typing import Protocol
 
 import msgspec
 
-from models.row import Row, RowBytes, encode_row
-from models.wire import Stamp
+from models.row import Row, RowBytes
+from models.wire import Stamp, encode_recent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +69,13 @@ class RowStore(Protocol):
     def record_backfill(self, checkpoint_id: str, backfill: Backfill) -> None: ...
 
 
-def whole_put(user_id: str, row: Row) -> RowPut:
-    """A put of both parts of a row."""
-    data = encode_row(row)
+def row_put(user_id: str, row: Row, stored: Row | None) -> RowPut:
+    """The put that brings the store from `stored` (None: no row) to `row`, its folded part only if it changed."""
+    unchanged = stored is not None and row.folded_data is stored.folded_data
     return RowPut(
-        user_id=user_id, stamp=row.stamp, recent=data.recent, folded_stamp=row.folded_stamp, folded=data.folded
+        user_id=user_id,
+        stamp=row.stamp,
+        recent=encode_recent(row.spec.checkpoint_id, row.stamp, row.recent),
+        folded_stamp=row.folded_stamp,
+        folded=None if unchanged else row.folded_data,
     )

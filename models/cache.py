@@ -12,8 +12,13 @@ idempotence: an event folded twice counts twice. Hence events at or below a row'
 are folded, and whole states are published, never increments.
 
 T is the newest event time folded, so every decay factor is at most 1 and nothing overflows, however long the
-wait. Sums run in float64 and are kept in float32. A mass that cancels to rounding error (a retraction met its
-event) is exactly zero, and an entry with no mass left is gone.
+wait. Sums run in float64 and are kept in float32.
+
+An event of negative weight retracts an earlier one: same item, action, time and size. Each entry therefore counts
+its events net of retractions, an exact integer: a mass that cancels to rounding error is exactly zero, and "rounding
+error" is wider where the net count is zero (many folds may have added to it: a ghost of 1e-8 could outshine a head's
+year-old memories). An entry with no mass left is gone. The laws hold for logs in which a retraction follows its
+event; one that comes first and cancels another event's mass exactly makes the entry forget the other's value.
 
 No other file multiplies a mass. Knows nothing of items, rows or torch.
 
@@ -28,12 +33,13 @@ from inspect import unwrap
 
 import numba
 import numpy as np
-from jaxtyping import Float, Float32, Float64, Int64, UInt16
+from jaxtyping import Float, Float32, Float64, Int32, Int64, UInt16
 
 from models.errors import MismatchError
 
-# A sum this much smaller than its terms is rounding error of float32 terms, not mass.
-CANCELLED = 1e-6
+# A sum this much smaller than its terms is rounding error of float32 terms, not mass; where the net count says that
+# every event met its retraction, the rounding of many folds may have added up.
+CANCELLED, CANCELLED_WHOLLY = 1e-6, 1e-3
 # Below this a mass is flushed: it is 30 orders under the newest event's and float32 would go denormal.
 VANISHED = 1e-30
 
@@ -66,12 +72,16 @@ class CacheSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cache:
-    """One user's non-empty codewords in rising order of code, as of reference_ms; `count` events went in."""
+    """One user's non-empty codewords in rising order of code, as of reference_ms; `count` events went in.
+
+    net_N is each entry's number of events less its retractions.
+    """
 
     spec: CacheSpec
     reference_ms: int
     count: int
     code_N: UInt16[np.ndarray, "N"]
+    net_N: Int32[np.ndarray, "N"]
     mass_NPR: Float32[np.ndarray, "N P R"]
     mean_NPRD: Float32[np.ndarray, "N P R D"]
 
@@ -91,7 +101,7 @@ class EncodedEvents:
 
 def empty(spec: CacheSpec) -> Cache:
     """The identity of merge: no codeword, no event. Its reference time, 0, precedes every event's."""
-    return _build(spec, 0, 0, np.empty(0, np.int64), _moments(spec, 0))
+    return _build(spec, (0, 0), np.empty(0, np.int64), np.empty(0, np.int64), _moments(spec, 0))
 
 
 def delta(spec: CacheSpec, events: EncodedEvents) -> Cache:
@@ -102,6 +112,7 @@ def delta(spec: CacheSpec, events: EncodedEvents) -> Cache:
     group_heads = spec.heads // spec.groups
     value_NGPD = events.value_NHD.reshape(len(events), spec.groups, group_heads, spec.value_width).astype(np.float64)
     age_N = (reference_ms - events.time_ms_N).astype(np.float64)
+    net: dict[int, int] = {}
     moment: dict[int, np.ndarray] = {}
     gross: dict[int, np.ndarray] = {}
     for i in range(len(events)):
@@ -109,12 +120,14 @@ def delta(spec: CacheSpec, events: EncodedEvents) -> Cache:
             code = g * spec.codewords + int(events.code_NG[i, g])
             mass_PR = float(events.weight_N[i]) * np.exp(-spec.rate_GPR[g] * age_N[i])
             term = np.concatenate([mass_PR[..., None], mass_PR[..., None] * value_NGPD[i, g][:, None, :]], axis=-1)
+            net[code] = net.get(code, 0) + (1 if events.weight_N[i] > 0 else -1)
             moment[code] = moment.get(code, 0.0) + term
             gross[code] = gross.get(code, 0.0) + np.abs(mass_PR)
     codes = np.array(sorted(moment), np.int64)
     moment_NPRS = np.stack([moment[c] for c in codes])
-    _zero_cancelled(moment_NPRS, np.stack([gross[c] for c in codes]))
-    return _build(spec, reference_ms, len(events), codes, moment_NPRS)
+    net_N = np.array([net[c] for c in codes])
+    _zero_cancelled(moment_NPRS, np.stack([gross[c] for c in codes]), net_N)
+    return _build(spec, (reference_ms, len(events)), codes, net_N, moment_NPRS)
 
 
 def merge(a: Cache, b: Cache) -> Cache:
@@ -127,15 +140,17 @@ def merge(a: Cache, b: Cache) -> Cache:
     reference_ms = max(a.reference_ms, b.reference_ms)
     codes = np.union1d(a.code_N, b.code_N).astype(np.int64)
     moment_NPRS = _moments(spec, len(codes))
+    net_N = np.zeros(len(codes), np.int64)
     gross_NPR = np.zeros(moment_NPRS.shape[:-1])
     for part in (a, b):
         mass_NPR = _decayed(part, reference_ms)
         at = np.searchsorted(codes, part.code_N)
+        net_N[at] += part.net_N
         moment_NPRS[at, ..., 0] += mass_NPR
         moment_NPRS[at, ..., 1:] += mass_NPR[..., None] * part.mean_NPRD
         gross_NPR[at] += np.abs(mass_NPR)
-    _zero_cancelled(moment_NPRS, gross_NPR)
-    return _build(spec, reference_ms, a.count + b.count, codes, moment_NPRS)
+    _zero_cancelled(moment_NPRS, gross_NPR, net_N)
+    return _build(spec, (reference_ms, a.count + b.count), codes, net_N, moment_NPRS)
 
 
 def decay(cache: Cache, to_ms: int) -> Cache:
@@ -147,7 +162,7 @@ def decay(cache: Cache, to_ms: int) -> Cache:
         raise ValueError(f"cannot decay back from {cache.reference_ms} to {to_ms}")
     mass_NPR = _decayed(cache, to_ms)
     moment_NPRS = np.concatenate([mass_NPR[..., None], mass_NPR[..., None] * cache.mean_NPRD], axis=-1)
-    return _build(cache.spec, to_ms, cache.count, cache.code_N.astype(np.int64), moment_NPRS)
+    return _build(cache.spec, (to_ms, cache.count), cache.code_N.astype(np.int64), cache.net_N, moment_NPRS)
 
 
 def fold(cache: Cache, events: EncodedEvents) -> Cache:
@@ -156,8 +171,9 @@ def fold(cache: Cache, events: EncodedEvents) -> Cache:
         return cache
     spec = cache.spec
     reference_ms = max(cache.reference_ms, int(events.time_ms_N.max()))
-    code_N, moment_NPRS = _fold_kernel(
+    code_N, net_N, moment_NPRS = _fold_kernel(
         cache.code_N,
+        cache.net_N,
         cache.mass_NPR,
         cache.mean_NPRD,
         reference_ms - cache.reference_ms,
@@ -168,7 +184,7 @@ def fold(cache: Cache, events: EncodedEvents) -> Cache:
         spec.rate_GPR,
         spec.codewords,
     )
-    return _build(spec, reference_ms, cache.count + len(events), code_N, moment_NPRS)
+    return _build(spec, (reference_ms, cache.count + len(events)), code_N, net_N, moment_NPRS)
 
 
 def log_mass(cache: Cache, now_ms: int) -> Float64[np.ndarray, "N P R"]:
@@ -189,13 +205,18 @@ def _decayed(cache: Cache, to_ms: int) -> Float64[np.ndarray, "N P R"]:
     return cache.mass_NPR * np.exp(-cache.spec.rate_GPR[group_N] * float(to_ms - cache.reference_ms))
 
 
-def _zero_cancelled(moment_NPRS: np.ndarray, gross_NPR: np.ndarray) -> None:
+def _zero_cancelled(moment_NPRS: np.ndarray, gross_NPR: np.ndarray, net_N: np.ndarray) -> None:
     mass_NPR = np.abs(moment_NPRS[..., 0])
-    moment_NPRS[(mass_NPR <= CANCELLED * gross_NPR) | (mass_NPR < VANISHED)] = 0.0
+    error_NPR = gross_NPR * np.where(net_N == 0, CANCELLED_WHOLLY, CANCELLED)[:, None, None]
+    moment_NPRS[(mass_NPR <= error_NPR) | (mass_NPR < VANISHED)] = 0.0
 
 
 def _build(
-    spec: CacheSpec, reference_ms: int, count: int, code_N: np.ndarray, moment_NPRS: Float[np.ndarray, "N P R S"]
+    spec: CacheSpec,
+    reference_ms_and_count: tuple[int, int],
+    code_N: np.ndarray,
+    net_N: np.ndarray,
+    moment_NPRS: Float[np.ndarray, "N P R S"],
 ) -> Cache:
     """Moments (mass, mass * mean) to a cache; entries without mass are dropped."""
     mass_NPR = moment_NPRS[..., 0].astype(np.float32)
@@ -205,11 +226,13 @@ def _build(
     divisor_NPR = np.where(alive_NPR, moment_NPRS[..., 0], 1.0)[kept_N]
     mean_NPRD = moment_NPRS[kept_N, ..., 1:] / divisor_NPR[..., None]
     mean_NPRD[~alive_NPR[kept_N]] = 0.0
+    reference_ms, count = reference_ms_and_count
     return Cache(
         spec=spec,
         reference_ms=reference_ms,
         count=count,
         code_N=code_N[kept_N].astype(np.uint16),
+        net_N=net_N[kept_N].astype(np.int32),
         mass_NPR=mass_NPR,
         mean_NPRD=mean_NPRD.astype(np.float32),
     )
@@ -217,6 +240,7 @@ def _build(
 
 def _fold_loop(
     code_N,
+    net_N,
     mass_NPR,
     mean_NPRD,
     age_ms,
@@ -232,10 +256,12 @@ def _fold_loop(
     width = mean_NPRD.shape[3]
     moment = np.zeros((groups * codewords, heads, rates, 1 + width))
     gross = np.zeros((groups * codewords, heads, rates))
+    net = np.zeros(groups * codewords, np.int64)
     touched = np.zeros(groups * codewords, np.bool_)
     for n in range(code_N.shape[0]):
         code = code_N[n]
         touched[code] = True
+        net[code] = net_N[n]
         for p in range(heads):
             for r in range(rates):
                 mass = mass_NPR[n, p, r] * np.exp(-rate_GPR[code // codewords, p, r] * age_ms)
@@ -247,6 +273,7 @@ def _fold_loop(
         for g in range(groups):
             code = g * codewords + event_code_NG[n, g]
             touched[code] = True
+            net[code] += 1 if event_weight_N[n] > 0 else -1
             for p in range(heads):
                 for r in range(rates):
                     mass = event_weight_N[n] * np.exp(-rate_GPR[g, p, r] * event_age_ms_N[n])
@@ -257,12 +284,13 @@ def _fold_loop(
     codes = np.flatnonzero(touched)
     gathered = moment[codes]
     for n in range(codes.shape[0]):
+        error = CANCELLED_WHOLLY if net[codes[n]] == 0 else CANCELLED
         for p in range(heads):
             for r in range(rates):
                 mass = abs(gathered[n, p, r, 0])
-                if mass <= CANCELLED * gross[codes[n], p, r] or mass < VANISHED:
+                if mass <= error * gross[codes[n], p, r] or mass < VANISHED:
                     gathered[n, p, r] = 0.0
-    return codes, gathered
+    return codes, net[codes], gathered
 
 
 # unwrap: in tests the functions of this module carry run-time shape checks, which numba cannot compile.

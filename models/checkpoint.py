@@ -12,7 +12,6 @@ checkpoints with one id are the same bytes. A directory is written under another
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from models.cache import CacheSpec
 from models.errors import CheckpointError
@@ -48,6 +48,9 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     window: int = 64
 
     def __post_init__(self) -> None:
+        sizes = msgspec.structs.asdict(self)
+        if wrong := {name: size for name, size in sizes.items() if size < (0 if name == "window" else 1)}:
+            raise ValueError(f"sizes must be positive: {wrong}")
         if self.heads % self.groups:
             raise ValueError(f"heads {self.heads} do not divide into {self.groups} groups")
         if self.groups * self.codewords > 2**16:
@@ -130,7 +133,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has checkpoint format {version!r}; this program knows {FORMAT_VERSION}")
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{manifest_path} is damaged: {error}") from error
     for name, digest in manifest.files.items():
         file = path / name
@@ -153,22 +156,23 @@ def write_checkpoint(
 
     An existing checkpoint at `path` is replaced. Raises MachineError when the disk is full.
     """
-    from safetensors.numpy import save_file
-
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
     try:
+        shutil.rmtree(partial, ignore_errors=True)
         (partial / "vocabulary").mkdir(parents=True)
-        save_file(dict(tensors), partial / "model.safetensors")
+        (partial / "model.safetensors").write_bytes(save(dict(tensors)))
         for field, values in vocabularies.items():
             pq.write_table(pa.table({"value": pa.array(values, pa.string())}), partial / f"vocabulary/{field}.parquet")
         names = sorted(str(p.relative_to(partial)) for p in partial.rglob("*") if p.is_file())
         manifest = msgspec.structs.replace(manifest, files={n: sha256_file(partial / n) for n in names})
         (partial / "manifest.json").write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(old)
         partial.replace(path)
     except OSError as error:
         raise disk_error(error, path) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return open_checkpoint(path)

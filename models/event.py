@@ -5,13 +5,13 @@ An event is a JSON object (UTF-8) keyed by user_id:
     {"event_id": "b1-7", "user_id": "u1", "item_id": "p9", "action": "purchase",
      "event_time_ms": 1483271606000, "weight": 1.0}
 
-`weight` defaults to 1; a negative weight retracts an earlier event: same item, action and event_time_ms.
+`weight` defaults to 1; a negative weight retracts an earlier event: same item, action, event_time_ms and
+size of weight.
 Knows the contract of an event and nothing of where it came from.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from zlib import crc32
@@ -26,7 +26,7 @@ ID_BYTES_MAX = 128
 # 1973-03 and 2100-01: anything outside is a unit mistake (seconds, microseconds), not a behaviour.
 EVENT_TIME_MS_MIN = 100_000_000_000
 EVENT_TIME_MS_MAX = 4_102_444_800_000
-WEIGHT_MAX = 1e6
+WEIGHT_MIN, WEIGHT_MAX = 1e-6, 1e6
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,8 +93,8 @@ def check(event: Event) -> Event:
     if not EVENT_TIME_MS_MIN <= event.event_time_ms < EVENT_TIME_MS_MAX:
         hint = " (seconds?)" if EVENT_TIME_MS_MIN <= event.event_time_ms * 1000 < EVENT_TIME_MS_MAX else ""
         raise EventError("event_time", f"event_time_ms {event.event_time_ms} is not Unix ms of 1973..2100{hint}")
-    if not math.isfinite(event.weight) or event.weight == 0 or abs(event.weight) > WEIGHT_MAX:
-        raise EventError("weight", f"weight {event.weight} is not a finite non-zero number within {WEIGHT_MAX:g}")
+    if not WEIGHT_MIN <= abs(event.weight) <= WEIGHT_MAX:
+        raise EventError("weight", f"the size of weight {event.weight} is not within {WEIGHT_MIN:g}..{WEIGHT_MAX:g}")
     return event
 
 

@@ -21,9 +21,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
     Raises MachineError when the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             file.write(data)
             file.flush()

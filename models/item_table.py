@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Int64, UInt16
 
-from models.errors import CheckpointError
+from models.errors import CheckpointError, MismatchError
 from models.files import replace_file, sha256_file
 
 UNKNOWN = 0
@@ -72,13 +72,18 @@ def read_index(folder: Path) -> TableIndex:
         return msgspec.json.decode(path.read_bytes(), type=TableIndex)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no item table; run: vql encode-items") from error
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); run: vql encode-items --rebuild") from error
 
 
 def append_segments(folder: Path, checkpoint_id: str, files: Sequence[Path]) -> TableIndex:
-    """Add finished Parquet files under `folder` to the table, in this order. Files already named are skipped."""
+    """Add finished Parquet files under `folder` to the table, in this order. Files already named are skipped.
+
+    Raises MismatchError for the table of another checkpoint.
+    """
     index = read_index(folder) if (folder / "items.json").exists() else None
+    if index is not None and index.checkpoint_id != checkpoint_id:
+        raise MismatchError(f"{folder} is the item table of {index.checkpoint_id}, not of {checkpoint_id}")
     segments = list(index.segments) if index else []
     named = {segment.name for segment in segments}
     for file in files:
@@ -98,13 +103,16 @@ def load_table(
     index = read_index(folder)
     if index.checkpoint_id != checkpoint_id:
         raise CheckpointError(f"{folder} is the item table of {index.checkpoint_id}, not of {checkpoint_id}")
+    if not index.segments:
+        raise CheckpointError(f"{folder} holds an item table without items; run: vql encode-items --rebuild")
     tables = [_read_segment(folder / s.name, s) for s in index.segments]
     table = pa.concat_tables(tables).combine_chunks()
     _, heads, width = action_value_AHD.shape
     item_ids = table["item_id"].to_pylist()
     return ItemTable(
         checkpoint_id=checkpoint_id,
-        index={item_id: i for i, item_id in enumerate(item_ids) if i != UNKNOWN},
+        # Backwards, so that an item that occurs twice keeps its first index, which rows may hold.
+        index={item_ids[i]: i for i in range(len(item_ids) - 1, UNKNOWN, -1)},
         code_MG=_matrix(table["code"], groups).astype(np.uint16),
         feature_MF=_matrix(table["feature"], len(table["feature"][0])).astype(np.int64),
         value_MHD=_matrix(table["value"], heads * width).astype(np.float32).reshape(-1, heads, width),

@@ -12,18 +12,21 @@ Knows items only as indices of an item table. Shapes: as in `cache`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import numpy as np
 
 from models.cache import Cache, CacheSpec, EncodedEvents, empty, fold
 from models.item_table import ItemTable
 from models.wire import (
+    FOLDED_MAGIC,
     RECENT,
     Stamp,
     decode_folded,
     decode_recent,
     encode_folded,
     encode_recent,
+    read_header,
     recent_actions,
     recent_offsets,
     recent_times,
@@ -44,17 +47,27 @@ class RowBytes:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """A user's state: `folded` up to folded_stamp, then `recent` (dtype wire.RECENT) up to `stamp`."""
+    """A user's state: `folded` up to folded_stamp, then `recent` (dtype wire.RECENT) up to `stamp`.
 
-    folded: Cache
+    The folded part stays encoded: most writes append to `recent` and never look inside it.
+    """
+
+    spec: CacheSpec
+    folded_data: bytes
     folded_stamp: Stamp
+    folded_count: int
     recent: np.ndarray
     stamp: Stamp
 
     @property
+    def folded(self) -> Cache:
+        """The folded part, decoded. Raises WireError when its sections are malformed."""
+        return decode_folded(self.folded_data, self.spec)[0]
+
+    @property
     def count(self) -> int:
         """Events in the row, each once."""
-        return self.folded.count + len(self.recent)
+        return self.folded_count + len(self.recent)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,47 +92,75 @@ class Fold:
 def new_row(spec: CacheSpec, epoch: int, partition: int) -> Row:
     """A user of whom nothing is known: complete up to the position before the first."""
     stamp = Stamp(epoch=epoch, partition=partition, offset=-1)
-    return Row(folded=empty(spec), folded_stamp=stamp, recent=np.empty(0, RECENT), stamp=stamp)
+    return Row(
+        spec=spec,
+        folded_data=encode_folded(empty(spec), stamp),
+        folded_stamp=stamp,
+        folded_count=0,
+        recent=np.empty(0, RECENT),
+        stamp=stamp,
+    )
 
 
 def advance(row: Row, events: np.ndarray, position: Stamp, using: Fold) -> tuple[Row, int]:
     """The row with these events (dtype RECENT, one user, rising offsets), and how many were skipped.
 
     `position` carries the epoch and partition of the events; its offset is not used. Events at or below the row's
-    stamp are already in it. A row without new events comes back unchanged (the same object).
+    stamp are already in it. A row without new events comes back unchanged (the same object), and one whose folded
+    part did not change keeps the same folded_data. Raises WireError when a folded part to be changed is malformed.
     """
-    fresh = events[[not row.stamp.covers(position.epoch, offset) for offset in recent_offsets(events).tolist()]]
-    skipped = len(events) - len(fresh)
-    if len(fresh) == 0:
+    # Offsets rise, so what is covered comes first.
+    covered = takewhile(lambda offset: row.stamp.covers(position.epoch, offset), recent_offsets(events).tolist())
+    skipped = sum(1 for _ in covered)
+    if skipped == len(events):
         return row, skipped
-    stamp = replace(position, offset=int(recent_offsets(fresh)[-1]), revision=row.stamp.revision)
-    recent = np.concatenate([row.recent, fresh])
-    ripe = _ripe(len(recent), using.window)
-    if ripe == 0:
-        return replace(row, recent=recent, stamp=stamp), skipped
-    folded_stamp = replace(stamp, offset=int(recent_offsets(recent[ripe - 1 : ripe])[0]))
-    folded = fold(row.folded, using.encode(recent[:ripe]))
-    return Row(folded=folded, folded_stamp=folded_stamp, recent=recent[ripe:], stamp=stamp), skipped
+    fresh = events[skipped:]
+    stamp = replace(position, offset=int(recent_offsets(fresh[-1:])[0]), revision=row.stamp.revision)
+    if stamp.epoch != row.stamp.epoch:
+        # Offsets of two epochs do not compare: what is left of the old one is folded under its own stamp.
+        row = _fold_oldest(row, len(row.recent), using)
+    row = replace(row, recent=np.concatenate([row.recent, fresh]), stamp=stamp)
+    return _fold_oldest(row, _ripe(len(row.recent), using.window), using), skipped
+
+
+def _fold_oldest(row: Row, count: int, using: Fold) -> Row:
+    """Move the oldest `count` recent events into the folded part."""
+    if count == 0:
+        return row
+    ripe = row.recent[:count]
+    stamp = replace(row.stamp, offset=int(recent_offsets(ripe[-1:])[0]))
+    folded = fold(row.folded, using.encode(ripe))
+    return replace(
+        row,
+        folded_data=encode_folded(folded, stamp),
+        folded_stamp=stamp,
+        folded_count=folded.count,
+        recent=row.recent[count:],
+    )
 
 
 def whole_cache(row: Row, using: Fold) -> Cache:
     """The cache of every event of the row."""
-    return fold(row.folded, using.encode(row.recent)) if len(row.recent) else row.folded
+    return fold(row.folded, using.encode(row.recent))
 
 
 def encode_row(row: Row) -> RowBytes:
     """The row as the store keeps it."""
-    return RowBytes(
-        folded=encode_folded(row.folded, row.folded_stamp),
-        recent=encode_recent(row.folded.spec.checkpoint_id, row.stamp, row.recent),
-    )
+    return RowBytes(folded=row.folded_data, recent=encode_recent(row.spec.checkpoint_id, row.stamp, row.recent))
 
 
 def decode_row(data: RowBytes, spec: CacheSpec) -> Row:
     """Raises WireError when either part is damaged, ForeignRowError when it belongs to another checkpoint."""
-    folded, folded_stamp = decode_folded(data.folded, spec)
+    header = read_header(data.folded, FOLDED_MAGIC, spec.checkpoint_id)
     recent, stamp = decode_recent(data.recent, spec.checkpoint_id)
-    return Row(folded=folded, folded_stamp=folded_stamp, recent=recent, stamp=stamp)
+    return Row(
+        spec=spec,
+        folded_data=data.folded,
+        folded_stamp=header.stamp,
+        folded_count=header.event_count,
+        recent=recent,
+        stamp=stamp,
+    )
 
 
 def _ripe(events: int, window: int) -> int:

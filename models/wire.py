@@ -17,13 +17,14 @@ raw events, not yet folded). Both are a header, typed sections and a checksum, a
     64  sections, each: type u16, dtype u16, items u32, size_bytes u64, payload
     end CRC32C of all before, u32
 
-Section types: 1 codes (u16 each), 2 masses (f32, items x P x R), 3 means (f32 or f16, items x P x R x D),
-4 recent events (24 bytes each, `RECENT`). A reader skips types it does not know, so a later part is a new section
-and not a new version. Version 1 is frozen by the golden files in tests/golden.
+Section types: 1 codes (u16 each), 2 net counts (i32 each), 3 masses (f32, items x P x R), 4 means (f32 or f16,
+items x P x R x D), 5 recent events (24 bytes each, `RECENT`). A reader skips types it does not know, so a later
+part is a new section and not a new version. Version 1 is frozen by the golden files in tests/golden.
 """
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -39,9 +40,9 @@ _HEADER = struct.Struct("<4sHH16sIIqIIqq")
 _SECTION = struct.Struct("<HHIQ")
 _CRC = struct.Struct("<I")
 FOLDED_MAGIC, RECENT_MAGIC = b"VQLF", b"VQLR"
-_CODES, _MASSES, _MEANS, _EVENTS = 1, 2, 3, 4
-_U16, _F32, _F16, _RECORD = 1, 2, 3, 4
-_DTYPES = {_U16: np.dtype("<u2"), _F32: np.dtype("<f4"), _F16: np.dtype("<f2")}
+_CODES, _NETS, _MASSES, _MEANS, _EVENTS = 1, 2, 3, 4, 5
+_U16, _I32, _F32, _F16, _RECORD = 1, 2, 3, 4, 5
+_DTYPES = {_U16: np.dtype("<u2"), _I32: np.dtype("<i4"), _F32: np.dtype("<f4"), _F16: np.dtype("<f2")}
 
 # position = offset << 16 | high 16 bits of the event hash; time = event_time_ms << 16 | action << 8 | hash byte.
 # 48 bits of offset and of time are enough for 280 trillion; 24 bits of hash are compared beside all other fields.
@@ -87,6 +88,7 @@ def encode_folded(cache: Cache, stamp: Stamp) -> bytes:
     items = len(cache.code_N)
     sections = [
         (_CODES, _U16, items, cache.code_N.astype("<u2", copy=False).tobytes()),
+        (_NETS, _I32, items, cache.net_N.astype("<i4", copy=False).tobytes()),
         (_MASSES, _F32, items, cache.mass_NPR.astype("<f4", copy=False).tobytes()),
         (_MEANS, _F32, items, cache.mean_NPRD.astype("<f4", copy=False).tobytes()),
     ]
@@ -99,10 +101,12 @@ def decode_folded(data: bytes, spec: CacheSpec) -> tuple[Cache, Stamp]:
     arrays = {kind: (dtype, items, payload) for kind, dtype, items, payload in _sections(data)}
     shape = (spec.heads // spec.groups, spec.rates)
     code_N = _array(arrays, _CODES, ())
+    net_N = _array(arrays, _NETS, ())
     mass_NPR = _array(arrays, _MASSES, shape)
     mean_NPRD = _array(arrays, _MEANS, (*shape, spec.value_width))
-    if not len(code_N) == len(mass_NPR) == len(mean_NPRD):
-        raise WireError(f"sections disagree: {len(code_N)} codes, {len(mass_NPR)} masses, {len(mean_NPRD)} means")
+    lengths = [len(array) for array in (code_N, net_N, mass_NPR, mean_NPRD)]
+    if len(set(lengths)) != 1:
+        raise WireError(f"sections disagree: {lengths} codes, net counts, masses, means")
     if len(code_N) and (int(code_N[-1]) >= spec.groups * spec.codewords or (np.diff(code_N.astype(int)) <= 0).any()):
         raise WireError(f"codes are not rising below {spec.groups * spec.codewords}")
     cache = Cache(
@@ -110,6 +114,7 @@ def decode_folded(data: bytes, spec: CacheSpec) -> tuple[Cache, Stamp]:
         reference_ms=header.reference_ms,
         count=header.event_count,
         code_N=code_N.astype(np.uint16, copy=False),
+        net_N=net_N.astype(np.int32, copy=False),
         mass_NPR=mass_NPR.astype(np.float32, copy=False),
         mean_NPRD=mean_NPRD.astype(np.float32, copy=False),
     )
@@ -142,9 +147,8 @@ def read_header(data: bytes, magic: bytes, checkpoint_id: str | None = None) -> 
     """Check the checksum, magic, version and (when given) the checkpoint; return the header."""
     if len(data) < _HEADER.size + _CRC.size:
         raise WireError(f"{len(data)} bytes are too few for a row")
-    body = memoryview(data)[: -_CRC.size]
-    (stored,) = _CRC.unpack_from(data, len(body))
-    if google_crc32c.value(bytes(body)) != stored:
+    (stored,) = _CRC.unpack_from(data, len(data) - _CRC.size)
+    if google_crc32c.value(data[: -_CRC.size]) != stored:
         raise WireError(f"checksum does not match over {len(data)} bytes")
     found, version, _, identity, epoch, partition, offset, revision, _, reference_ms, count = _HEADER.unpack_from(data)
     if found != magic:
@@ -231,6 +235,6 @@ def _array(arrays: dict[int, tuple[int, int, memoryview]], kind: int, shape: tup
         raise WireError(f"section {kind} is missing or of an unknown dtype")
     code, items, payload = arrays[kind]
     dtype = _DTYPES[code]
-    if len(payload) != items * dtype.itemsize * int(np.prod(shape, dtype=np.int64)):
+    if len(payload) != items * dtype.itemsize * math.prod(shape):
         raise WireError(f"section {kind}: {items} items of shape {shape} do not fit in {len(payload)} bytes")
     return np.frombuffer(payload, dtype).reshape(items, *shape)

@@ -8,6 +8,7 @@ stops the stream: going on would drop that user's history.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import apache_beam as beam
@@ -15,10 +16,10 @@ import numpy as np
 import pandas as pd
 from apache_beam.metrics import Metrics
 
-from feature_repo.store import RowPut, RowStore
+from feature_repo.store import RowPut, RowStore, row_put
 from models.errors import InputError, StoreError, WireError
 from models.row import Fold, Row, RowBytes, advance, decode_row, new_row
-from models.wire import Stamp, encode_folded, encode_recent
+from models.wire import Stamp
 from pipelines.encode import EncodedBatch
 from pipelines.worker import CheckpointRef, RowsHandle, opened_checkpoint, opened_rows
 
@@ -103,30 +104,17 @@ def by_user(batch: EncodedBatch) -> list[UserEvents]:
 
 
 def _step(user: UserEvents, data: RowBytes | None, position: Stamp, using: Fold) -> _Step:
-    row = _stored_row(user.user_id, data, position, using)
-    after, skipped = advance(row, user.events, position, using)
-    if after is row:
-        return _Step(user=user, skipped=skipped, put=None)
-    unchanged = data is not None and after.folded is row.folded
-    put = RowPut(
-        user_id=user.user_id,
-        stamp=after.stamp,
-        recent=encode_recent(using.spec.checkpoint_id, after.stamp, after.recent),
-        folded_stamp=after.folded_stamp,
-        folded=None if unchanged else encode_folded(after.folded, after.folded_stamp),
-    )
+    stored = None if data is None else _stored_row(user.user_id, data, position, using)
+    before = new_row(using.spec, position.epoch, position.partition) if stored is None else stored
+    with _explaining(user.user_id):
+        after, skipped = advance(before, user.events, position, using)
+    put = None if after is before else row_put(user.user_id, after, stored)
     return _Step(user=user, skipped=skipped, put=put)
 
 
-def _stored_row(user_id: str, data: RowBytes | None, position: Stamp, using: Fold) -> Row:
-    if data is None:
-        return new_row(using.spec, position.epoch, position.partition)
-    try:
+def _stored_row(user_id: str, data: RowBytes, position: Stamp, using: Fold) -> Row:
+    with _explaining(user_id):
         row = decode_row(data, using.spec)
-    except WireError as error:
-        raise type(error)(
-            f"the stored row of user {user_id!r} cannot be used ({error}); repair it from the log, then start again"
-        ) from error
     # Offsets of two partitions cannot be compared: the stamp would skip events that the row does not hold.
     if row.stamp.epoch == position.epoch and row.stamp.partition != position.partition:
         raise InputError(
@@ -134,6 +122,17 @@ def _stored_row(user_id: str, data: RowBytes | None, position: Stamp, using: Fol
             f"{position.epoch}: the log was re-partitioned; raise its epoch and run the backfill again"
         )
     return row
+
+
+@contextmanager
+def _explaining(user_id: str) -> Iterator[None]:
+    """Say whose stored row is damaged, and what to do."""
+    try:
+        yield
+    except WireError as error:
+        raise type(error)(
+            f"the stored row of user {user_id!r} cannot be used ({error}); repair it from the log, then start again"
+        ) from error
 
 
 class UpdateRows(beam.DoFn):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from feature_repo.sqlite_store import SqliteRows
-from feature_repo.store import RowPut, whole_put
+from feature_repo.store import RowPut, row_put
 from models.checkpoint import Checkpoint
 from models.errors import ForeignRowError, InputError, StoreError, WireError
 from models.event import Event
 from models.row import RowBytes, encode_row, new_row
-from models.wire import Stamp
+from models.wire import Stamp, encode_folded
 from pipelines.encode import EncodedBatch
 from pipelines.update import TRIES, UpdateCounts, by_user, update_rows
 from tests.pipelines.small_log import assert_rows_equal, plain_rows, read_rows, recent_of
@@ -160,7 +160,8 @@ def test_a_row_repaired_in_between_is_read_again(checkpoint: Checkpoint, tmp_pat
     update_rows(SqliteRows(rows.path), checkpoint.fold(), batch(checkpoint, events[:5]))
     before = read_rows(rows, checkpoint, ["u0"])["u0"]
     repaired = Stamp(epoch=1, partition=0, offset=before.stamp.offset, revision=1)
-    rows.repair = whole_put("u0", replace(before, stamp=repaired, folded_stamp=repaired))
+    data = encode_folded(before.folded, repaired)
+    rows.repair = row_put("u0", replace(before, stamp=repaired, folded_stamp=repaired, folded_data=data), None)
 
     counts = update_rows(rows, checkpoint.fold(), batch(checkpoint, events[5:6], 5))
 

@@ -1,0 +1,122 @@
+import numpy as np
+import pytest
+import torch
+
+from models.attention import CacheBatch
+from models.cache import CacheSpec, EncodedEvents, empty, fold
+from models.ranker import Ranker, Shape, VqlHistory, loss
+from models.request import collate
+from models.rivals import HISTORIES
+from models.timelines import impressions_of, timeline_files
+from tests.small import HOUR_MS
+from tests.small_examples import CATEGORIES, ITEMS, SIZES, feature_table, write_small_examples
+
+LIVES: dict[int, list[list[float | None]]] = {
+    1: [[float(HOUR_MS)], [24.0 * HOUR_MS], [168.0 * HOUR_MS], [None]],
+    2: [[float(HOUR_MS), None], [24.0 * HOUR_MS, 1.0], [168.0 * HOUR_MS, 9e9], [None, float(HOUR_MS)]],
+}
+
+
+def new_ranker(model: str = "vql", rates: int = 1) -> Ranker:
+    torch.manual_seed(3)
+    shape = Shape(sizes=SIZES, half_life_ms=LIVES[rates], actions=2, field_rows=[ITEMS + 1, CATEGORIES + 1])
+    ranker = Ranker(shape, torch.from_numpy(feature_table()), HISTORIES[model](shape)).eval()
+    if isinstance(ranker.history, VqlHistory):
+        keys = ranker.history.keys(ranker.encoder(torch.arange(ITEMS + 1)))
+        ranker.history.codebook.start(keys.reshape(len(keys), SIZES.groups, -1), torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(ranker.history.action_value_AHD)
+    return ranker
+
+
+def impressions(folder):
+    return [i for f in timeline_files(write_small_examples(folder)) for i in impressions_of(f)]
+
+
+def caches_of(ranker: Ranker, batch, rates: int) -> CacheBatch:
+    """The caches of the impressions' histories, through the item table's arithmetic."""
+    history = ranker.history
+    half_life = np.array([[np.inf if h is None else h for h in row] for row in LIVES[rates]])
+    spec = CacheSpec(
+        checkpoint_id="cd" * 16,
+        groups=SIZES.groups,
+        codewords=SIZES.codewords,
+        value_width=SIZES.value_width,
+        rate_HR=np.log(2) / half_life,
+    )
+    caches = []
+    for i in batch:
+        x = ranker.encoder(torch.from_numpy(i.item_L.astype(np.int64)))
+        value = history.values(x) + history.action_value_AHD[torch.from_numpy(i.action_L.astype(np.int64))]
+        events = EncodedEvents(
+            code_NG=history.codes(x).numpy().astype(np.uint16),
+            value_NHD=value.numpy(),
+            time_ms_N=i.time_ms_L,
+            weight_N=i.weight_L,
+        )
+        caches.append(fold(empty(spec), events))
+    return CacheBatch.of(spec, caches)
+
+
+@pytest.mark.parametrize("rates", [1, 2])
+@torch.inference_mode()
+def test_the_serving_form_scores_as_the_training_form(tmp_path, rates):
+    ranker, batch = new_ranker(rates=rates), impressions(tmp_path)[:50]
+    request = collate(batch)
+    raw, _ = ranker(request)
+    cached = ranker.from_cache(request.candidate_BC, caches_of(ranker, batch, rates), request.now_ms_B)
+    torch.testing.assert_close(cached, raw, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_scores_depend_on_the_history_and_not_on_its_order(tmp_path):
+    ranker, (one, other, *_) = new_ranker(), impressions(tmp_path)
+    backwards = np.arange(len(one.item_L))[::-1].copy()
+    names = ("item_L", "action_L", "time_ms_L", "weight_L")
+    fields = {name: getattr(one, name) for name in one.__slots__}
+    shuffled = type(one)(**(fields | {name: fields[name][backwards] for name in names}))
+    swapped = type(one)(**(fields | {name: getattr(other, name) for name in names}))
+    a, b, c = (ranker(collate([x]))[0] for x in (one, shuffled, swapped))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert (a - c).abs().max() > 1e-4
+
+
+@torch.inference_mode()
+def test_padding_changes_no_score(tmp_path):
+    for model in HISTORIES:
+        ranker, batch = new_ranker(model), impressions(tmp_path)[:8]
+        together = ranker(collate(batch))[0]
+        alone = torch.cat([ranker(collate([i]))[0] for i in batch])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_keys_values_kernel_and_temperature(tmp_path):
+    ranker = new_ranker(rates=2).train()
+    request = collate(impressions(tmp_path)[:32])
+    logit, commitment = ranker(request)
+    (loss(logit, request.label_BC) + commitment).backward()
+    history = ranker.history
+    for parameter in (
+        history.key.weight,
+        history.query.weight,
+        history.value.weight,
+        history.action_value_AHD,
+        history.log_temperature_H,
+        history.kernel.raw_HR,
+    ):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().max() > 0
+
+
+def test_a_rival_has_no_cache_to_read(tmp_path):
+    ranker, batch = new_ranker("din_50"), impressions(tmp_path)[:2]
+    request = collate(batch)
+    caches = caches_of(new_ranker().requires_grad_(False), batch, 1)
+    with pytest.raises(TypeError, match="DinHistory cannot be read from a cache"):
+        ranker.from_cache(request.candidate_BC, caches, request.now_ms_B)
+
+
+def test_an_unknown_id_keeps_its_category():
+    encoder = new_ranker().encoder
+    item, category = encoder.fields
+    vector = encoder.encode(torch.tensor([[0, 2]]))
+    torch.testing.assert_close(vector[0], item.weight[0] + category.weight[2])

@@ -1,0 +1,110 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from jobs.evaluate import quality, score_raw
+from models.errors import InputError
+from models.timelines import impressions_of, timeline_files
+from models.training import final_parameters, new_ranker, train
+from tests.small_examples import small_plan
+
+RUN = """
+import sys, msgspec, torch
+from models.training import TrainPlan, train
+torch.set_num_threads(1)
+train(msgspec.json.decode(sys.stdin.buffer.read(), type=TrainPlan))
+"""
+
+
+def losses(plan) -> list[float]:
+    return [json.loads(line)["loss"] for line in (Path(plan.work) / "loss.jsonl").read_text().splitlines()]
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("model", ["vql", "din_50", "no_history"])
+def test_the_loss_falls_and_every_step_is_logged(tmp_path, model):
+    plan = small_plan(tmp_path, model)
+    train(plan)
+    found = losses(plan)
+    assert len(found) == 60
+    assert np.mean(found[-10:]) < np.mean(found[:10])
+
+
+def test_vql_learns_what_no_history_cannot(tmp_path):
+    gauc = {}
+    for model in ("vql", "no_history"):
+        plan = small_plan(tmp_path, model, epochs=12)
+        train(plan)
+        ranker = new_ranker(plan)
+        ranker.load_state_dict({name: torch.from_numpy(a) for name, a in final_parameters(plan).items()})
+        impressions = [i for f in timeline_files(Path(plan.examples)) for i in impressions_of(f)]
+        gauc[model] = quality(score_raw(ranker.eval(), impressions)).gauc
+    assert gauc["vql"] > gauc["no_history"] + 0.1
+
+
+def test_the_same_plan_gives_the_same_parameters(tmp_path):
+    first, second = small_plan(tmp_path / "a"), small_plan(tmp_path / "b")
+    train(first)
+    train(second)
+    assert same(final_parameters(first), final_parameters(second))
+
+
+def test_another_seed_gives_others(tmp_path):
+    first, second = (
+        small_plan(tmp_path, work=str(tmp_path / "1")),
+        small_plan(tmp_path, work=str(tmp_path / "2"), seed=1),
+    )
+    train(first)
+    train(second)
+    assert not same(final_parameters(first), final_parameters(second))
+
+
+@pytest.mark.slow
+def test_a_training_killed_twice_ends_with_the_parameters_of_one_that_was_not(tmp_path):
+    whole = small_plan(tmp_path, work=str(tmp_path / "whole"), epochs=30)
+    killed = small_plan(tmp_path, work=str(tmp_path / "killed"), epochs=30)
+    _run(whole)
+    for step in (20, 150):
+        _run(killed, kill_at_step=step)
+    resumed = _run(killed)
+    assert "resumed at step" in resumed
+    assert same(final_parameters(whole), final_parameters(killed))
+    assert losses(whole) == losses(killed)
+
+
+def test_a_folder_without_examples_is_refused_by_name(tmp_path):
+    plan = small_plan(tmp_path)
+    for file in timeline_files(Path(plan.examples)):
+        file.unlink()
+    with pytest.raises(InputError, match="holds no examples"):
+        train(plan)
+
+
+def _run(plan, kill_at_step: int | None = None) -> str:
+    """Train in a process of its own; kill -9 it once it has logged a step."""
+    process = subprocess.Popen([sys.executable, "-c", RUN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=False)
+    assert process.stdin is not None
+    process.stdin.write(msgspec.json.encode(plan))
+    process.stdin.close()
+    log = Path(plan.work) / "loss.jsonl"
+    while kill_at_step is not None and process.poll() is None:
+        if log.exists() and log.read_bytes().count(b"\n") >= kill_at_step:
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.005)
+    assert process.stdout is not None
+    said = process.stdout.read().decode()
+    process.stdout.close()
+    assert process.wait() == (0 if kill_at_step is None else -signal.SIGKILL)
+    return said

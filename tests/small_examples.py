@@ -1,0 +1,72 @@
+"""Examples for a training of seconds: users who prefer the items of one category."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from models.checkpoint import Sizes
+from models.timelines import FEATURES, SCHEMA
+from models.training import TrainPlan
+from tests.small import HOUR_MS, START_MS
+
+ITEMS, CATEGORIES = 40, 4
+SIZES = Sizes(width=8, heads=4, groups=2, codewords=8, key_width=4, value_width=4, window=4)
+
+
+def feature_table() -> np.ndarray:
+    """Embedding rows (id, category) of ITEMS items and of the unknown one."""
+    item = np.arange(ITEMS + 1)
+    return np.stack([item, np.where(item > 0, item % CATEGORIES + 1, 0)], axis=1)
+
+
+def write_small_examples(folder: Path, users: int = 40, seed: int = 0) -> Path:
+    """Timelines in two files, and the feature table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = [_user(f"u{u}", u % CATEGORIES, rng) for u in range(users)]
+    for part, chunk in enumerate((rows[: users // 2], rows[users // 2 :])):
+        pq.write_table(pa.Table.from_pylist(chunk, SCHEMA), folder / f"part-{part:05d}.parquet")
+    np.save(folder / FEATURES, feature_table())
+    return folder
+
+
+def _user(user_id: str, taste: int, rng: np.random.Generator) -> dict:
+    count = int(rng.integers(10, 30))
+    liked = np.array([i for i in range(1, ITEMS + 1) if i % CATEGORIES == taste])
+    other = np.array([i for i in range(1, ITEMS + 1) if i % CATEGORIES != taste])
+    ends = sorted(rng.choice(np.arange(5, count), 4, replace=False).tolist())
+    return {
+        "user_id": user_id,
+        "item": np.where(rng.random(count) < 0.9, rng.choice(liked, count), rng.choice(other, count)).tolist(),
+        "action": rng.integers(0, 2, count).tolist(),
+        "time_ms": (START_MS + np.arange(count) * HOUR_MS).tolist(),
+        "weight": [1.0] * count,
+        "now_ms": [START_MS + e * HOUR_MS for e in ends],
+        "end": ends,
+        "candidate": [[int(rng.choice(liked)), *rng.choice(other, 3).tolist()] for _ in ends],
+        "label": [[1, 0, 0, 0] for _ in ends],
+    }
+
+
+def small_plan(folder: Path, model: str = "vql", **changes) -> TrainPlan:
+    """A plan over the small examples, which are written if need be."""
+    examples = folder / "examples"
+    if not examples.exists():
+        write_small_examples(examples)
+    settings = {
+        "model": model,
+        "examples": str(examples),
+        "work": str(folder / f"work-{model}"),
+        "sizes": SIZES,
+        "half_life_ms": [[float(HOUR_MS)], [24.0 * HOUR_MS], [168.0 * HOUR_MS], [None]],
+        "actions": ["other", "purchase"],
+        "field_rows": [ITEMS + 1, CATEGORIES + 1],
+        "epochs": 6,
+        "batch": 16,
+        "save_every_steps": 7,
+    }
+    return TrainPlan(**(settings | changes))

@@ -1,0 +1,48 @@
+"""A small checkpoint that can score: an untrained ranker with a started codebook, and its item table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+
+from jobs.encode_items import encode_table
+from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, write_checkpoint
+from models.item_table import append_segments
+from models.ranker import Ranker, Shape, VqlHistory
+from tests.small import HOUR_MS
+from tests.small_examples import CATEGORIES, ITEMS, SIZES, feature_table
+
+ACTIONS = [OTHER_ACTION, "purchase", "view"]
+HALF_LIVES: list[list[float | None]] = [[float(HOUR_MS)], [24.0 * HOUR_MS], [168.0 * HOUR_MS], [None]]
+
+
+def scoring_checkpoint(path: Path) -> Checkpoint:
+    """Items i1 to i40 of four categories; random parameters, so every part of a score counts."""
+    torch.manual_seed(5)
+    shape = Shape(sizes=SIZES, half_life_ms=HALF_LIVES, actions=len(ACTIONS), field_rows=[ITEMS + 1, CATEGORIES + 1])
+    history = VqlHistory(shape)
+    ranker = Ranker(shape, torch.from_numpy(feature_table()), history).eval()
+    torch.nn.init.normal_(history.action_value_AHD)
+    keys = history.keys(ranker.encoder(torch.arange(ITEMS + 1))).detach()
+    history.codebook.start(keys.reshape(len(keys), SIZES.groups, -1), torch.Generator().manual_seed(0))
+    item_ids = [f"i{n}" for n in range(1, ITEMS + 1)]
+    manifest = Manifest(
+        model="vql",
+        sizes=SIZES,
+        half_life_ms=HALF_LIVES,
+        actions=ACTIONS,
+        fields=["item_id", "category"],
+        training={},
+        metrics={},
+        files={},
+    )
+    tensors = {name: tensor.numpy() for name, tensor in ranker.state_dict().items()}
+    vocabularies = {"item_id": item_ids, "category": [f"c{n}" for n in range(1, CATEGORIES + 1)]}
+    checkpoint = write_checkpoint(path, manifest, tensors, vocabularies)
+    checkpoint.items_path.mkdir()
+    segment = checkpoint.items_path / "all.parquet"
+    pq.write_table(encode_table(ranker, ["", *item_ids], feature_table()), segment)
+    append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [segment])
+    return checkpoint
