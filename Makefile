@@ -13,7 +13,7 @@ test: .venv/ready
 check: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 	$(BIN)/python -m pytest -q -p no:randomly tests/test_imports.py tests/test_docs.py
 	$(BIN)/python -m pytest -q -p no:randomly --jaxtyping-packages=models,beartype.beartype tests/models
 

@@ -60,8 +60,10 @@ class Codebook(nn.Module):
         """Place the codewords by k-means++ and a few Lloyd sweeps over a sample of keys."""
         for g in range(key_NGF.shape[1]):
             self.codeword_GKF[g] = _spread(key_NGF[:, g], self.codeword_GKF.shape[1], generator)
+        weight_N = torch.ones(len(key_NGF))
+        count_GK = self.usage_GK
         for _ in range(sweeps):
-            count_GK, sum_GKF = self._assign(key_NGF, torch.ones(len(key_NGF)))
+            count_GK, sum_GKF = self._assign(key_NGF, weight_N)
             used = count_GK > 0
             self.codeword_GKF[used] = sum_GKF[used] / count_GK[used][:, None]
         self.usage_GK.copy_(count_GK)

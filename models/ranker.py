@@ -57,11 +57,10 @@ class ItemEncoder(nn.Module):
 
     def __init__(self, shape: Shape, feature_MF: Int64[torch.Tensor, "M F"]) -> None:
         super().__init__()
-        self.fields = nn.ModuleList(
-            nn.Embedding(rows, shape.sizes.width, sparse=(f == 0)) for f, rows in enumerate(shape.field_rows)
-        )
-        for field in self.fields:
+        fields = [nn.Embedding(rows, shape.sizes.width, sparse=(f == 0)) for f, rows in enumerate(shape.field_rows)]
+        for field in fields:
             nn.init.normal_(field.weight, std=shape.sizes.width**-0.5)
+        self.fields = nn.ModuleList(fields)
         # The features are facts of the log, not parameters: they are not saved with the model.
         self.register_buffer("feature_MF", feature_MF, persistent=False)
 
@@ -118,9 +117,9 @@ class VqlHistory(nn.Module):
         item_U, at_BL = torch.unique(history.item_BL, return_inverse=True)
         x_Ud = encoder(item_U)
         key_UHE, commitment = self._quantised(self.keys(x_Ud))
-        value_BLHD = self.values(x_Ud)[at_BL] + self.action_value_AHD[history.action_BL]
+        value_BLHD = _take(self.values(x_Ud), at_BL) + _take(self.action_value_AHD, history.action_BL)
         bias_BHL = history_bias(self.kernel(), history.time_ms_BL, history.weight_BL, request.now_ms_B)
-        out_BCHD = read_history(self.queries(candidate_BCd), key_UHE[at_BL], value_BLHD, bias_BHL)
+        out_BCHD = read_history(self.queries(candidate_BCd), _take(key_UHE, at_BL), value_BLHD, bias_BHL)
         return out_BCHD.flatten(2), commitment
 
     def from_cache(
@@ -172,8 +171,9 @@ class Ranker(nn.Module):
         self.encoder = ItemEncoder(shape, feature_MF)
         self.history = history
         self.candidate = nn.Linear(shape.sizes.width, value_width, bias=False)
-        if isinstance(getattr(history, "value", None), nn.Linear):
-            self.candidate.weight.data.copy_(history.value.weight.data)
+        value = getattr(history, "value", None)
+        if isinstance(value, nn.Linear):
+            self.candidate.weight.data.copy_(value.weight.data)
         self.head = nn.Sequential(nn.Linear(3 * value_width, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, request: Request) -> tuple[Float[torch.Tensor, "B C"], Float[torch.Tensor, ""]]:
@@ -198,6 +198,11 @@ class Ranker(nn.Module):
         candidate_BCV = self.candidate(x_BCd)
         joint = torch.cat([candidate_BCV, seen_BCV, candidate_BCV * seen_BCV], dim=-1)
         return self.head(joint)[..., 0]
+
+
+def _take(rows: torch.Tensor, at_BL: torch.Tensor) -> torch.Tensor:
+    """rows[at_BL], as an embedding: its gradient is summed many times faster than that of indexing."""
+    return functional.embedding(at_BL, rows.flatten(1)).unflatten(-1, rows.shape[1:])
 
 
 def loss(logit_BC: torch.Tensor, label_BC: torch.Tensor) -> Float[torch.Tensor, ""]:
