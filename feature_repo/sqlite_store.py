@@ -124,6 +124,11 @@ class SqliteRows:
                 for put in puts
             ]
 
+    def count_rows(self, checkpoint_id: str) -> int:
+        with self._transaction("BEGIN") as connection:
+            query = "SELECT count(*) FROM rows WHERE checkpoint_id = ?"
+            return int(connection.execute(query, (checkpoint_id,)).fetchone()[0])
+
     def delete_user(self, user_id: str) -> int:
         with self._durable_transaction() as connection:
             return connection.execute("DELETE FROM rows WHERE user_id = ?", (user_id,)).rowcount

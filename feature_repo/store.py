@@ -32,13 +32,20 @@ class RowPut:
 
 
 class Backfill(msgspec.Struct, frozen=True, kw_only=True):
-    """The record of a finished backfill: rows of every user up to this cut are in the store."""
+    """The record of a finished backfill: rows of every user up to this cut are in the store.
+
+    log_id names the log itself, whatever its path; a backfill again raises the revision that its rows are stamped with.
+    newer: rows that the store held newer already, and kept.
+    """
 
     epoch: int
     cut: dict[int, int]
     users: int
     events: int
     log: str
+    log_id: str = ""
+    revision: int = 0
+    newer: int = 0
 
 
 class RowStore(Protocol):
@@ -51,6 +58,8 @@ class RowStore(Protocol):
     def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
         """Put if newer, each row atomically; False where the fence refused."""
         ...
+
+    def count_rows(self, checkpoint_id: str) -> int: ...
 
     def delete_user(self, user_id: str) -> int:
         """Erase the user's rows of every checkpoint; how many there were."""

@@ -12,24 +12,25 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from feature_repo.handle import StoreHandle
-from feature_repo.store import Backfill, RowPut, whole_put
-from jobs.ingest import log_properties
-from jobs.spark import read_delta
+from feature_repo.store import Backfill, RowPut, row_put
+from jobs.ingest import LogFacts, log_facts
+from jobs.spark import errors_of_workers, read_delta
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError, StoreError
+from models.event import runs
 from models.row import Row, advance, new_row
 from models.wire import pack_recent
 
 PUT_CHUNK = 500
-_DONE = pa.schema([("users", pa.int64()), ("events", pa.int64())])
+DONE = "users long, events long, newer long"
 
 
+@errors_of_workers()
 def backfill(
     spark: SparkSession, checkpoint: Checkpoint, log: Path, store: StoreHandle, cut: Mapping[int, int] | None = None
 ) -> Backfill:
@@ -38,7 +39,9 @@ def backfill(
     Raises InputError for an empty log or a cut beyond it, StoreError when the rows do not add up to the log.
     """
     events = read_delta(spark, log / "events")
-    epoch, _ = log_properties(spark, log / "events")
+    facts = log_facts(spark, log / "events")
+    rows = store.open()
+    revision = _next_revision(rows.backfill(checkpoint.checkpoint_id), facts)
     cut = _resolve_cut(events, cut)
     until = F.create_map(*(F.lit(x) for pair in cut.items() for x in pair))[F.col("partition")]
     wanted = events.where(F.col("offset") <= until).select(
@@ -48,16 +51,42 @@ def backfill(
     )
     by_user = wanted.repartition("user_id").sortWithinPartitions("user_id", "offset")
     checkpoint.fold()  # refuse a missing item table here rather than on an executor
-    done = by_user.mapInArrow(_folder(checkpoint, store, epoch), "users long, events long")
-    total = done.agg(F.sum("users").alias("users"), F.sum("events").alias("events")).collect()[0]
+    done = by_user.mapInArrow(_folder(checkpoint, store, (facts.epoch, revision)), DONE)
+    total = done.agg(*(F.sum(name).alias(name) for name in ("users", "events", "newer"))).collect()[0]
     expected = sum(offset + 1 for offset in cut.values())
     if total["events"] != expected:
         raise StoreError(
             f"the backfill folded {total['events']} of {expected} events; the log changed under it: run it again"
         )
-    record = Backfill(epoch=epoch, cut=dict(cut), users=total["users"], events=total["events"], log=str(log))
-    store.open().record_backfill(checkpoint.checkpoint_id, record)
+    held = rows.count_rows(checkpoint.checkpoint_id)
+    if held < total["users"]:
+        raise StoreError(
+            f"{total['users']} rows were written, but the store here holds {held}; do the executors reach the same one?"
+        )
+    record = Backfill(
+        epoch=facts.epoch,
+        cut=dict(cut),
+        users=total["users"],
+        events=total["events"],
+        newer=total["newer"],
+        log=str(log),
+        log_id=facts.log_id,
+        revision=revision,
+    )
+    rows.record_backfill(checkpoint.checkpoint_id, record)
     return record
+
+
+def _next_revision(before: Backfill | None, facts: LogFacts) -> int:
+    """0, or one more than the last backfill's: rows at the same offset are then replaced, and so repaired."""
+    if before is None or before.epoch < facts.epoch:
+        return 0
+    if before.epoch > facts.epoch or before.log_id != facts.log_id:
+        raise StoreError(
+            f"the rows of this checkpoint come from log {before.log} of epoch {before.epoch}, not from this one of "
+            f"epoch {facts.epoch}: their offsets do not compare; ingest the new log with --epoch {before.epoch + 1}"
+        )
+    return before.revision + 1
 
 
 def _resolve_cut(events: DataFrame, cut: Mapping[int, int] | None) -> dict[int, int]:
@@ -67,36 +96,37 @@ def _resolve_cut(events: DataFrame, cut: Mapping[int, int] | None) -> dict[int, 
         raise InputError("the log is empty: there is nothing to backfill; run vql ingest first")
     if cut is None:
         return dict(sorted(ends.items()))
-    beyond = {p: o for p, o in cut.items() if o > ends.get(p, -1)}
+    beyond = {p: o for p, o in cut.items() if not -1 <= o <= ends.get(p, -1)}
     if beyond:
-        raise InputError(f"the cut {beyond} lies beyond the log, which ends at {ends}")
+        raise InputError(f"the cut {beyond} lies beyond the log, which ends at {dict(sorted(ends.items()))}")
     return {p: cut.get(p, -1) for p in sorted(ends)}
 
 
 def _folder(
-    checkpoint: Checkpoint, store: StoreHandle, epoch: int
+    checkpoint: Checkpoint, store: StoreHandle, epoch_and_revision: tuple[int, int]
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     path, checkpoint_id = checkpoint.path, checkpoint.checkpoint_id
 
     def fold_task(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         opened = open_checkpoint(path)
         rows = store.open()
-        users = events = 0
+        users = events = newer = 0
         chunk: list[RowPut] = []
-        for user_id, row in fold_users(batches, opened, epoch):
+        for user_id, row in fold_users(batches, opened, *epoch_and_revision):
             users, events = users + 1, events + row.count
-            chunk.append(whole_put(user_id, row))
+            chunk.append(row_put(user_id, row, None))
             if len(chunk) == PUT_CHUNK:
-                rows.put_rows(checkpoint_id, chunk)
+                newer += rows.put_rows(checkpoint_id, chunk).count(False)
                 chunk = []
-        if chunk:
-            rows.put_rows(checkpoint_id, chunk)
-        yield pa.record_batch({"users": [users], "events": [events]}, schema=_DONE)
+        newer += rows.put_rows(checkpoint_id, chunk).count(False)
+        yield pa.record_batch({"users": [users], "events": [events], "newer": [newer]})
 
     return fold_task
 
 
-def fold_users(batches: Iterator[pa.RecordBatch], checkpoint: Checkpoint, epoch: int) -> Iterator[tuple[str, Row]]:
+def fold_users(
+    batches: Iterator[pa.RecordBatch], checkpoint: Checkpoint, epoch: int, revision: int = 0
+) -> Iterator[tuple[str, Row]]:
     """Events sorted by (user, offset) to each user's row, holding one user at a time."""
     using = checkpoint.fold()
     current: str | None = None
@@ -113,13 +143,12 @@ def fold_users(batches: Iterator[pa.RecordBatch], checkpoint: Checkpoint, epoch:
         partition_N = batch["partition"].to_numpy()
         users = batch["user_id"].dictionary_encode()
         code_N = users.indices.to_numpy()
-        starts = np.flatnonzero(np.r_[True, np.diff(code_N) != 0]) if len(code_N) else []
-        for start, end in zip(starts, [*starts[1:], len(code_N)], strict=True):
+        for start, end in runs(code_N):
             user_id = users.dictionary[code_N[start]].as_py()
             if row is None or user_id != current:
                 if row is not None and current is not None:
                     yield current, row
-                current, row = user_id, new_row(using.spec, epoch, int(partition_N[start]))
+                current, row = user_id, new_row(using.spec, epoch, int(partition_N[start]), revision)
             row, _ = advance(row, recent[start:end], replace(row.stamp, offset=-1), using)
     if row is not None and current is not None:
         yield current, row

@@ -30,9 +30,17 @@ app = typer.Typer(
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-Log = Annotated[Path, typer.Option(help="Folder of the log: Delta tables events, items, quarantine.")]
-State = Annotated[Path, typer.Option(envvar="VQL_STATE", help="Folder of the online store and Feast's registry.")]
-CheckpointPath = Annotated[Path, typer.Option("--checkpoint", help="A checkpoint directory, made by vql train.")]
+# Absolute, because executors and workers have working folders of their own.
+Log = Annotated[
+    Path, typer.Option(resolve_path=True, help="Folder of the log: Delta tables events, items, quarantine.")
+]
+Input = Annotated[Path, typer.Option("--input", resolve_path=True, help="A Parquet or CSV file or folder.")]
+State = Annotated[
+    Path, typer.Option(envvar="VQL_STATE", resolve_path=True, help="Folder of the online store and Feast's registry.")
+]
+CheckpointPath = Annotated[
+    Path, typer.Option("--checkpoint", resolve_path=True, help="A checkpoint directory, made by vql train.")
+]
 Master = Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")]
 Columns = Annotated[
     list[str], typer.Option("--column", help="FIELD=SQL expression over the file's columns; repeatable.")
@@ -57,12 +65,13 @@ def _options(
 
 @app.command()
 def ingest(
-    source: Annotated[Path, typer.Option("--input", help="A Parquet or CSV file or folder.")],
+    source: Input,
     log: Log,
     format_: Annotated[str, typer.Option("--format", help="parquet or csv (with a header)")] = "parquet",
     column: Columns = [],
     where: Annotated[str, typer.Option(help="SQL condition: which rows of the file to take.")] = "true",
     partitions: Annotated[int, typer.Option(min=1, help="Partitions of a new log; an existing one keeps its own.")] = 4,
+    epoch: Annotated[int, typer.Option(min=1, help="Epoch of a new log: one more than the log it replaces.")] = 1,
     master: Master = LOCAL,
 ) -> None:
     """Append the events of a file to the log, each with a partition and an offset.
@@ -72,12 +81,12 @@ def ingest(
     Example: vql ingest --input buys.csv --format csv --log build/log --column user_id=customer
     --column "event_time_ms=unix_millis(to_timestamp(bought_at))" --column "action='purchase'"
     """
-    from jobs.ingest import EventSource
+    from jobs.ingest import EventSource, NewLog
     from jobs.ingest import ingest as run
     from jobs.spark import open_spark
 
     chosen = EventSource(path=source, format=format_, columns=_pairs(column), where=where)
-    report = run(open_spark(master), chosen, log, partitions)
+    report = run(open_spark(master), chosen, log, NewLog(partitions=partitions, epoch=epoch))
     out.print(
         f"{report.read:,} rows read: {report.appended:,} events appended, {report.already:,} already in the log, "
         f"{report.quarantined:,} quarantined"
@@ -86,13 +95,13 @@ def ingest(
 
 @app.command("ingest-items")
 def ingest_items(
-    source: Annotated[Path, typer.Option("--input", help="A Parquet or CSV file of items, one row each.")],
+    source: Input,
     log: Log,
     format_: Annotated[str, typer.Option("--format", help="parquet or csv (with a header)")] = "parquet",
     column: Columns = [],
     master: Master = LOCAL,
 ) -> None:
-    """Replace the log's table of static item context: item_id and the declared fields (category, author, ...)."""
+    """Replace the log's table of static item context: a row per item with item_id and the declared fields."""
     from jobs.ingest import ingest_items as run
     from jobs.spark import open_spark
 
@@ -102,8 +111,8 @@ def ingest_items(
 @app.command()
 def train(
     log: Log,
-    checkpoint: Annotated[Path, typer.Option(help="Where to write the checkpoint.")],
-    work: Annotated[Path, typer.Option(help="Folder for examples and training state; resumed from.")],
+    checkpoint: Annotated[Path, typer.Option(resolve_path=True, help="Where to write the checkpoint.")],
+    work: Annotated[Path, typer.Option(resolve_path=True, help="Folder for examples and state; resumed from.")],
     model: Annotated[str, typer.Option(help="vql, din_50 or no_history")] = "vql",
     field: Annotated[list[str], typer.Option(help="An item field to use, from vql ingest-items; repeatable.")] = [],
     half_life: Annotated[
@@ -123,7 +132,7 @@ def train(
     """Train a model on the log and write a checkpoint. After a kill, the same command continues."""
     from jobs.examples import ExamplePlan
     from jobs.spark import open_spark
-    from jobs.train import TrainJob, parse_half_lives, run_training
+    from jobs.train import TrainJob, check_job, parse_half_lives, run_training
     from models.checkpoint import Sizes
 
     half_lives = parse_half_lives(half_life)
@@ -139,6 +148,7 @@ def train(
         seed=seed,
         log_version=log_version,
     )
+    check_job(job, checkpoint)
     made = run_training(open_spark(master), job, work, checkpoint, processes)
     loss = made.manifest.metrics["train_loss"]
     out.print(f"checkpoint {made.checkpoint_id} in {checkpoint}, training loss {loss:.4f}")
@@ -148,7 +158,6 @@ def train(
 def encode_items(
     checkpoint: CheckpointPath,
     log: Log,
-    rebuild: Annotated[bool, typer.Option("--rebuild", help="Make the table anew: only before any backfill.")] = False,
     master: Master = LOCAL,
 ) -> None:
     """Add the log's new items to the checkpoint's item table: a code per group and a value per head."""
@@ -156,7 +165,8 @@ def encode_items(
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
 
-    added, total = run(open_spark(master), open_checkpoint(checkpoint), log, rebuild=rebuild)
+    opened = open_checkpoint(checkpoint)
+    added, total = run(open_spark(master), opened, log)
     out.print(f"{added:,} items added; the table holds {total:,}")
 
 
@@ -179,11 +189,16 @@ def backfill(
 
     opened = open_checkpoint(checkpoint)
     register(open_repo(state), opened.checkpoint_id)
-    done = run(open_spark(master), opened, log, StoreHandle(state=state), _cut(cut))
-    out.print(f"{done.users:,} rows with {done.events:,} events, complete up to {done.cut}")
+    done = run(
+        open_spark(master), opened, log, StoreHandle(state=state), None if cut is None else _offsets("--cut", cut)
+    )
+    out.print(
+        f"{done.users:,} rows with {done.events:,} events, complete up to {done.cut}, revision {done.revision}; "
+        f"{done.newer:,} were there already, as new or newer"
+    )
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"allow_extra_args": True})
 def stream(
     context: typer.Context,
     checkpoint: CheckpointPath,
@@ -191,15 +206,29 @@ def stream(
     state: State,
     until: Annotated[str, typer.Option(help="end: stop at the log's end as of now. forever: follow it.")] = "forever",
     from_: Annotated[
-        str, typer.Option("--from", help="resume: at the committed positions or the backfill's cut. earliest.")
+        str,
+        typer.Option(
+            "--from",
+            help="resume: at the committed positions or the backfill's cut. earliest. For a topic also latest, or the "
+            "offsets to read first, PARTITION=OFFSET,...",
+        ),
     ] = "resume",
     partitions: Annotated[str | None, typer.Option(help="0,1,2: this process's share of the log.")] = None,
+    topic: Annotated[
+        str | None, typer.Option(help="Read this Kafka topic, at VQL_KAFKA_BOOTSTRAP_SERVERS, not the log's table.")
+    ] = None,
+    epoch: Annotated[
+        int, typer.Option(min=1, help="The topic's epoch; raise it when the topic is created again or re-partitioned.")
+    ] = 1,
 ) -> None:
     """Fold new events of the log into the users' rows. Kill it at will; the same command goes on.
 
-    Options of the Beam runner follow after --, for example: vql stream ... -- --runner=PortableRunner
+    New items are seen at the next start. Options of the Beam runner follow after --, for example:
+    vql stream ... -- --runner=PortableRunner --job_endpoint=localhost:8099
     """
     from feature_repo.handle import StoreHandle
+    from pipelines.kafka_settings import kafka_settings
+    from pipelines.kafka_topic import KafkaLog
     from pipelines.stream import IN_PROCESS, StreamPlan, run
 
     plan = StreamPlan(
@@ -207,11 +236,12 @@ def stream(
         checkpoint_path=checkpoint,
         store=StoreHandle(state=state),
         dead_letters_path=log / "dead_letters",
-        start=_choice("--from", from_, ("resume", "earliest")),
+        kafka=None if topic is None else KafkaLog(kafka=kafka_settings(), topic=topic, epoch=epoch),
+        start=_offsets("--from", from_) if "=" in from_ else _choice("--from", from_, ("resume", "earliest", "latest")),
         until=_choice("--until", until, ("end", "forever")),
         partitions=None if partitions is None else tuple(_integer("--partitions", p) for p in partitions.split(",")),
     )
-    report = run(plan, context.args or IN_PROCESS)
+    report = run(plan, [*IN_PROCESS, *context.args])
     out.print(
         f"{report.events_folded:,} events folded in {report.seconds:.1f} s, {report.events_skipped:,} skipped as "
         f"already in their rows, {report.dead_letters:,} dead letters, {report.unknown_items:,} of unknown items"
@@ -262,13 +292,15 @@ def main() -> None:
     """Entry point: errors of this product become one line and an exit code."""
     try:
         app()
-    except (VqlError, OSError) as error:
-        shown = disk_error(error, Path(error.filename or "?")) if isinstance(error, OSError) else error
-        if os.environ.get("VQL_DEBUG") or not isinstance(shown, VqlError):
+    except Exception as error:
+        if os.environ.get("VQL_DEBUG"):
             raise
+        shown = disk_error(error, Path(error.filename or "?")) if isinstance(error, OSError) else error
         err.print(f"[red]vql: {type(shown).__name__}:[/red] ", end="")
-        err.print(str(shown), markup=False, soft_wrap=True)
-        sys.exit(shown.exit_code)
+        first = next(iter(str(shown).strip().splitlines()), "")
+        foreseen = isinstance(shown, VqlError)
+        err.print(str(shown) if foreseen else f"{first} (--debug shows more)", markup=False, soft_wrap=True)
+        sys.exit(shown.exit_code if foreseen else 1)
 
 
 def _pairs(texts: list[str]) -> dict[str, str]:
@@ -278,10 +310,8 @@ def _pairs(texts: list[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _cut(text: str | None) -> dict[int, int] | None:
-    if text is None:
-        return None
-    return {_integer("--cut", p): _integer("--cut", o) for p, o in _pairs(text.split(",")).items()}
+def _offsets(option: str, text: str) -> dict[int, int]:
+    return {_integer(option, p): _integer(option, o) for p, o in _pairs(text.split(",")).items()}
 
 
 def _integer(option: str, text: str) -> int:

@@ -17,11 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from jobs.spark import read_delta
+from jobs.spark import errors_of_workers, read_delta
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import CheckpointError, InputError
+from models.files import locked
 from models.item_table import append_segments, read_index
 from models.load import load_ranker
 from models.ranker import Ranker, VqlHistory
@@ -37,24 +39,30 @@ SEGMENT = pa.schema(
 )
 
 
-def encode_items(spark: SparkSession, checkpoint: Checkpoint, log: Path, *, rebuild: bool = False) -> tuple[int, int]:
-    """Append the new items; returns (items added, items in the table)."""
+@errors_of_workers()
+def encode_items(spark: SparkSession, checkpoint: Checkpoint, log: Path) -> tuple[int, int]:
+    """Append the new items, one run at a time; returns (items added, items in the table)."""
     folder = checkpoint.items_path
     if checkpoint.manifest.model != "vql":
         raise InputError(f"{checkpoint.path} is a {checkpoint.manifest.model} model: it has no codes for items")
-    if rebuild:
-        shutil.rmtree(folder, ignore_errors=True)
+    with locked(folder):
+        return _append(spark, checkpoint, log)
+
+
+def _append(spark: SparkSession, checkpoint: Checkpoint, log: Path) -> tuple[int, int]:
+    folder = checkpoint.items_path
     known = _known_segments(folder, checkpoint.checkpoint_id)
     items = _items(spark, log, checkpoint.manifest.fields[1:])
     if known:
         encoded = spark.read.parquet(*(str(folder / name) for name in known))
         items = items.join(encoded.select("item_id"), "item_id", "left_anti")
+    # What a killed run left is named by no index, and its name may come again.
     run = folder / f"run-{len(known):05d}"
     shutil.rmtree(run, ignore_errors=True)
     # One sort by id, so that the same items get the same indices on any cluster.
     encoded = items.orderBy("item_id").mapInArrow(_encoder(str(checkpoint.path)), from_arrow_schema(SEGMENT))
     encoded.write.parquet(str(run))
-    files = sorted(run.glob("*.parquet"))
+    files = [f for f in sorted(run.glob("*.parquet")) if pq.ParquetFile(f).metadata.num_rows]
     if not known:
         files.insert(0, _unknown_segment(checkpoint, folder))
     before = sum(s.items for s in read_index(folder).segments) if known else 0
@@ -86,7 +94,7 @@ def _known_segments(folder: Path, checkpoint_id: str) -> list[str]:
         return []
     index = read_index(folder)
     if index.checkpoint_id != checkpoint_id:
-        raise CheckpointError(f"{folder} is the item table of {index.checkpoint_id}; run with --rebuild")
+        raise CheckpointError(f"{folder} is the item table of {index.checkpoint_id}")
     return [s.name for s in index.segments]
 
 
@@ -95,8 +103,10 @@ def _items(spark: SparkSession, log: Path, fields: list[str]) -> DataFrame:
     ids = read_delta(spark, log / "events").select("item_id").distinct()
     if not fields:
         return ids
-    static = read_delta(spark, log / "items").selectExpr("item_id", *(f"CAST({f} AS STRING) AS {f}" for f in fields))
-    return static.join(ids, "item_id", "outer")
+    static = read_delta(spark, log / "items")
+    if missing := [f for f in fields if f not in static.columns]:
+        raise InputError(f"{log / 'items'} has no columns {missing}, with which the checkpoint was trained")
+    return static.select("item_id", *(F.col(f).cast("string").alias(f) for f in fields)).join(ids, "item_id", "outer")
 
 
 def _encoder(path: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:

@@ -18,7 +18,7 @@ BATCH = 32
 
 
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
-    """AUC over all candidates; GAUC: AUC per user weighted by impressions, users with both classes; mean log loss."""
+    """AUC over all candidates; GAUC: AUC per user weighted by candidates, users with both classes; mean log loss."""
 
     auc: float
     gauc: float

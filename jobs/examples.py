@@ -1,15 +1,18 @@
-"""Point-in-time examples from the log: who could have known what, when, and what was bought then.
+"""Point-in-time examples from the log: what had happened before each basket, and what was bought in it.
 
 Users' events up to a log version become timelines (models.timelines). An impression is a basket (a user's events
 of one event time): the positives are some of its items, the negatives are drawn by the items' popularity in the
 period of the basket, and the history is the events strictly before it, so nothing of the basket is seen.
-Draws depend on (seed, user, basket) alone: the same log and seed give the same examples on any cluster.
+"Before" is by event time: an event that arrived late counts as known when it happened. An event that was retracted
+counts as never having happened. Draws depend on (seed, user, basket) alone, and files on the user: the same log and
+seed give the same examples in the same order on any cluster.
 """
 
 from __future__ import annotations
 
 import io
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +25,13 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from jobs.spark import read_delta
 from models.errors import InputError
-from models.files import replace_file
+from models.files import locked, replace_file
 from models.timelines import FEATURES, SCHEMA
 
 UNKNOWN_VALUE = ""
+# A trainer holds one file in memory.
+USERS_PER_FILE = 5_000
 
 
 class ExamplePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +43,7 @@ class ExamplePlan(msgspec.Struct, frozen=True, kw_only=True):
     positives: int = 4
     negatives: int = 16
     period_ms: int = 28 * 86_400_000
+    files: int = 8
     seed: int = 0
 
 
@@ -67,17 +72,16 @@ class Popularity:
         return drawn[~np.isin(drawn, exclude)][:count]
 
 
-def build_vocabulary(spark: SparkSession, events: DataFrame, items_path: Path | None, fields: list[str]) -> Vocabulary:
-    """Every item of the events, with the declared fields of the items table where it has them.
+def build_vocabulary(events: DataFrame, static: DataFrame | None, fields: list[str]) -> Vocabulary:
+    """Every item of the events, with the declared fields of the items table (None: no fields) where it has them.
 
     The items come to the driver: the embedding lives there too. Raises InputError for an undeclared field.
     """
     items = events.select("item_id").distinct()
-    if items_path is not None:
-        static = read_delta(spark, items_path)
+    if static is not None:
         missing = [f for f in fields if f not in static.columns]
         if missing:
-            raise InputError(f"{items_path} has no columns {missing}; it has {static.columns}")
+            raise InputError(f"the log's items have no columns {missing}; they have {static.columns}")
         items = items.join(static.select("item_id", *fields), "item_id", "left")
     table = items.orderBy("item_id").toArrow()
     if table.num_rows == 0:
@@ -97,9 +101,14 @@ def write_examples(
     spark: SparkSession, events: DataFrame, vocabulary: Vocabulary, actions: list[str], plan: ExamplePlan, out: Path
 ) -> None:
     """Timelines of all users to `out` (Parquet and features.npy), whole or absent; an existing folder is kept."""
-    features = out / FEATURES
-    if features.exists():
-        return
+    with locked(out.with_name(f"{out.name}.lock")):
+        if not (out / FEATURES).exists():
+            _write_examples(spark, events, vocabulary, actions, plan, out)
+
+
+def _write_examples(
+    spark: SparkSession, events: DataFrame, vocabulary: Vocabulary, actions: list[str], plan: ExamplePlan, out: Path
+) -> None:
     shutil.rmtree(out, ignore_errors=True)
     items = pa.table({"item_id": vocabulary.fields["item_id"], "item": np.arange(1, len(vocabulary.feature_MF))})
     indexed = events.join(F.broadcast(spark.createDataFrame(items)), "item_id", "left").select(
@@ -112,11 +121,12 @@ def write_examples(
     )
     popularity = spark.sparkContext.broadcast(_popularity(indexed, plan))
     grouped = indexed.groupBy("user_id").applyInArrow(_timeline_builder(plan, popularity), from_arrow_schema(SCHEMA))
-    grouped.write.mode("overwrite").parquet(str(out))
+    placed = grouped.repartition(plan.files, "user_id").sortWithinPartitions("user_id")
+    placed.write.option("maxRecordsPerFile", USERS_PER_FILE).parquet(str(out))
     # Written last: its presence says that the folder is whole.
     buffer = io.BytesIO()
     np.save(buffer, vocabulary.feature_MF)
-    replace_file(features, buffer.getvalue())
+    replace_file(out / FEATURES, buffer.getvalue())
 
 
 def _index_of(actions: list[str]) -> F.Column:
@@ -146,11 +156,13 @@ def _timeline_builder(plan: ExamplePlan, popularity) -> Callable[[pa.Table], pa.
 
 def timeline(user: pa.Table, plan: ExamplePlan, popularity: Popularity) -> pa.Table:
     """One user's events to one timeline row; a user without impressions gives no row."""
-    user = user.sort_by([("time_ms", "ascending"), ("offset", "ascending")])
+    user = without_retracted(user.sort_by([("time_ms", "ascending"), ("offset", "ascending")]))
+    if user.num_rows == 0:
+        return SCHEMA.empty_table()
     user_id = user["user_id"][0].as_py()
     time_ms, item = user["time_ms"].to_numpy(), user["item"].to_numpy()
-    # Retractions and unknown items make no positives.
-    wanted = (user["weight"].to_numpy() > 0) & (item > 0)
+    # Unknown items make no positives.
+    wanted = item > 0
     starts = np.flatnonzero(np.r_[True, np.diff(time_ms) > 0])
     ends = np.r_[starts[1:], len(time_ms)]
     rows: dict[str, list] = {"now_ms": [], "end": [], "candidate": [], "label": []}
@@ -171,6 +183,24 @@ def timeline(user: pa.Table, plan: ExamplePlan, popularity: Popularity) -> pa.Ta
     columns = {name: [user[name].to_pylist()] for name in ("item", "action", "time_ms", "weight")}
     columns |= {name: [cells] for name, cells in rows.items()}
     return pa.table({"user_id": [user_id], **columns}, schema=SCHEMA)
+
+
+def without_retracted(user: pa.Table) -> pa.Table:
+    """The events less retractions, and less the event that each of them takes back."""
+    weight = user["weight"].to_numpy()
+    if (weight > 0).all():
+        return user
+    facts = list(
+        zip(*(user[c].to_pylist() for c in ("item", "action", "time_ms")), np.abs(weight).tolist(), strict=True)
+    )
+    taken_back = Counter(fact for fact, w in zip(facts, weight, strict=True) if w < 0)
+    kept = []
+    for fact, w in zip(facts, weight, strict=True):
+        gone = w < 0 or taken_back[fact] > 0
+        if w > 0 and gone:
+            taken_back[fact] -= 1
+        kept.append(not gone)
+    return user.filter(pa.array(kept))
 
 
 def _chosen(user_id: str, basket_ms: np.ndarray, plan: ExamplePlan) -> list[int]:

@@ -16,15 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import deltalake
 import numpy as np
 import pyarrow as pa
 from delta.tables import DeltaTable
-from pyspark.errors import PySparkException
-from pyspark.sql import DataFrame, SparkSession, Window
+from pyspark.errors import PythonException
+from pyspark.sql import DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from jobs.spark import read_delta, table_version
+from jobs.spark import SPARK_ERRORS, errors_of_workers, read_delta, said_by, table_version
 from models.errors import InputError
 from models.event import Event, parse_batch
 
@@ -59,6 +60,23 @@ class EventSource:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class NewLog:
+    """What a log is made with; one that exists keeps its own. The epoch rises when a log replaces another."""
+
+    partitions: int = 4
+    epoch: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogFacts:
+    """What a log says of itself: log_id is the Delta table's, and changes when the log is made anew."""
+
+    log_id: str
+    epoch: int
+    partitions: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class IngestReport:
     """Rows read = appended + already in the log + quarantined (in this run's input)."""
 
@@ -68,16 +86,17 @@ class IngestReport:
     quarantined: int
 
 
-def ingest(spark: SparkSession, source: EventSource, log: Path, partitions: int = 4) -> IngestReport:
+@errors_of_workers()
+def ingest(spark: SparkSession, source: EventSource, log: Path, new: NewLog = NewLog()) -> IngestReport:
     """Append the source's events to log/events. Raises InputError for a missing file or column."""
     ranked = _mark_repeats(read_source(spark, source).mapInArrow(_check, from_arrow_schema(CHECKED_ARROW))).persist()
     try:
-        counts = ranked.agg(F.count("*").alias("read"), F.count("reason").alias("bad")).collect()[0]
+        counts = _only_row(ranked.agg(F.count("*").alias("read"), F.count("reason").alias("bad")), source.path)
         if counts["read"] == 0:
             raise InputError(f"{source.path} holds no rows; nothing was ingested")
         if counts["bad"]:
             _quarantine(spark, ranked.where("reason IS NOT NULL"), log / "quarantine")
-        appended = _append(spark, ranked.where("reason IS NULL"), log / "events", partitions)
+        appended = _append(spark, ranked.where("reason IS NULL"), log / "events", new)
     finally:
         ranked.unpersist()
     already = counts["read"] - counts["bad"] - appended
@@ -99,19 +118,22 @@ def read_source(spark: SparkSession, source: EventSource) -> DataFrame:
             f"(its columns: {', '.join(raw.columns)})"
         )
     types = {"event_time_ms": "long", "weight": "double"}
-    fields = [F.expr(f"try_cast(({e}) AS {types.get(f, 'string')})").alias(f) for f, e in expressions.items()]
+    fields = {f: f"try_cast(({e}) AS {types.get(f, 'string')})" for f, e in expressions.items()}
+    # No weight means 1, but a weight that is no number must not: NaN fails the event's check.
+    blank = f"coalesce(trim(CAST(({expressions['weight']}) AS STRING)), '') = ''"
+    fields["weight"] = f"coalesce({fields['weight']}, if({blank}, NULL, double('NaN')))"
+    event = F.struct(*(F.expr(e).alias(f) for f, e in fields.items()))
     try:
-        return raw.select(
-            F.to_json(F.struct(*fields)).alias("value"), F.to_json(F.struct(*raw.columns)).alias("source")
-        )
-    except PySparkException as error:
-        raise InputError(f"a column expression cannot be used: {str(error).splitlines()[0]}") from error
+        return raw.select(F.to_json(event).alias("value"), F.to_json(F.struct("*")).alias("source"))
+    except SPARK_ERRORS as error:
+        raise InputError(f"a column expression cannot be used: {said_by(error)}") from error
 
 
+@errors_of_workers()
 def ingest_items(spark: SparkSession, path: Path, format_: str, columns: Mapping[str, str], log: Path) -> int:
     """Replace log/items by the declared columns, `item_id` and any static fields, all as text; how many items.
 
-    Raises InputError for a missing file or column, and for an item that occurs twice.
+    Raises InputError for a missing file or column, for no rows, and for an item without an id or with two rows.
     """
     raw = read_files(spark, path, format_)
     if "item_id" not in columns and "item_id" not in raw.columns:
@@ -119,11 +141,16 @@ def ingest_items(spark: SparkSession, path: Path, format_: str, columns: Mapping
     expressions = {"item_id": "item_id", **columns}
     try:
         items = raw.select(*(F.expr(f"CAST(({e}) AS STRING)").alias(name) for name, e in expressions.items()))
-    except PySparkException as error:
-        raise InputError(f"a column expression cannot be used: {str(error).splitlines()[0]}") from error
-    twice = items.groupBy("item_id").count().where("count > 1").limit(3).collect()
-    if twice:
-        raise InputError(f"{path} holds several rows of items {[row[0] for row in twice]}; give one row per item")
+    except SPARK_ERRORS as error:
+        raise InputError(f"a column expression cannot be used: {said_by(error)}") from error
+    rows_of = items.groupBy("item_id").count()
+    odd = F.when((F.col("count") > 1) | (F.coalesce("item_id", F.lit("")) == ""), F.struct("item_id", "count"))
+    found = _only_row(rows_of.agg(F.count("*").alias("items"), F.max(odd).alias("odd")), path)
+    if found["items"] == 0:
+        raise InputError(f"{path} holds no rows; the items stay as they are")
+    if found["odd"]:
+        item_id, count = found["odd"]
+        raise InputError(f"{path} holds {count} rows of item {item_id!r}; give each item an id and one row")
     items.write.format("delta").mode("overwrite").option("overwriteSchema", True).save(str(log / "items"))
     return read_delta(spark, log / "items").count()
 
@@ -131,8 +158,18 @@ def ingest_items(spark: SparkSession, path: Path, format_: str, columns: Mapping
 def _where(raw: DataFrame, where: str) -> DataFrame:
     try:
         return raw.where(where)
-    except PySparkException as error:
-        raise InputError(f"--where {where!r} cannot be used: {str(error).splitlines()[0]}") from error
+    except SPARK_ERRORS as error:
+        raise InputError(f"--where {where!r} cannot be used: {said_by(error)}") from error
+
+
+def _only_row(counted: DataFrame, path: Path) -> Row:
+    """The one row of an aggregate over a file: where what cannot be read, or computed from it, comes to light."""
+    try:
+        return counted.collect()[0]
+    except PythonException:
+        raise
+    except SPARK_ERRORS as error:
+        raise InputError(f"{path} cannot be read to its end: {said_by(error)}") from error
 
 
 def read_files(spark: SparkSession, path: Path, format_: str) -> DataFrame:
@@ -144,15 +181,18 @@ def read_files(spark: SparkSession, path: Path, format_: str) -> DataFrame:
             return spark.read.option("header", True).option("mode", "PERMISSIVE").csv(str(path))
         if format_ == "parquet":
             return spark.read.parquet(str(path))
-    except PySparkException as error:
-        raise InputError(f"{path} cannot be read as {format_}: {str(error).splitlines()[0]}") from error
+    except SPARK_ERRORS as error:
+        raise InputError(f"{path} cannot be read as {format_}; is --format right? ({said_by(error)})") from error
     raise InputError(f"format {format_!r} is not known; give csv or parquet")
 
 
-def log_properties(spark: SparkSession, events: Path) -> tuple[int, int]:
-    """(epoch, partitions) of a log, from its table properties."""
-    detail = DeltaTable.forPath(spark, str(events)).detail().select("properties").collect()[0][0]
-    return int(detail["vql.epoch"]), int(detail["vql.partitions"])
+def log_facts(spark: SparkSession, events: Path) -> LogFacts:
+    """From the table's properties. Raises InputError for a table without them."""
+    log_id, properties = DeltaTable.forPath(spark, str(events)).detail().select("id", "properties").collect()[0]
+    try:
+        return LogFacts(log_id=log_id, epoch=int(properties["vql.epoch"]), partitions=int(properties["vql.partitions"]))
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{events} is no event log: its table property {error} is wrong") from error
 
 
 def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -189,7 +229,9 @@ def _checked(**columns: Sequence) -> pa.RecordBatch:
 
 def _mark_repeats(checked: DataFrame) -> DataFrame:
     """Of several events with one id in this input, all but the first get the reason "repeated"."""
-    first = Window.partitionBy("event_id", F.col("reason").isNull()).orderBy("event_time_ms", "value")
+    # Rejects have no event_id; by their value they spread over all tasks.
+    same = F.coalesce("event_id", F.sha2("value", 256))
+    first = Window.partitionBy(same, F.col("reason").isNull()).orderBy("event_time_ms", "value")
     repeated = F.col("reason").isNull() & (F.row_number().over(first) > 1)
     marked = checked.withColumn("repeated", repeated)
     return marked.select(
@@ -208,29 +250,32 @@ def _quarantine(spark: SparkSession, bad: DataFrame, path: Path) -> None:
     bad.select("digest", "reason", "detail", "source").write.format("delta").mode("append").save(str(path))
 
 
-def _append(spark: SparkSession, events: DataFrame, path: Path, partitions: int) -> int:
+def _append(spark: SparkSession, events: DataFrame, path: Path, new: NewLog) -> int:
     """Give the new events their offsets and commit them at once; how many there were."""
     if not DeltaTable.isDeltaTable(spark, str(path)):
-        _create(spark, path, partitions)
-    epoch, partitions = log_properties(spark, path)
+        _create(spark, path, new)
+    facts = log_facts(spark, path)
     version = table_version(spark, path)
     log = read_delta(spark, path, version)
     fresh = events.join(log.select("event_id"), "event_id", "left_anti")
-    fresh = fresh.withColumn("partition", F.expr(f"CAST(crc32(CAST(user_id AS BINARY)) % {partitions} AS INT)"))
+    fresh = fresh.withColumn("partition", F.expr(f"CAST(crc32(CAST(user_id AS BINARY)) % {facts.partitions} AS INT)"))
     ends = log.groupBy("partition").agg(F.max("offset").alias("end"))
-    order = Window.partitionBy("partition").orderBy("event_time_ms", "event_id")
+    # A retraction has the time of its event, and must come after it.
+    order = Window.partitionBy("partition").orderBy("event_time_ms", F.col("weight") < 0, "event_id")
     fresh = fresh.join(F.broadcast(ends), "partition", "left").select(
-        F.lit(epoch).cast("int").alias("epoch"),
+        F.lit(facts.epoch).cast("int").alias("epoch"),
         "partition",
         (F.coalesce("end", F.lit(-1)) + F.row_number().over(order)).cast("long").alias("offset"),
         *("event_id", "user_id", "item_id", "action", "event_time_ms", "weight", "value"),
     )
     run = uuid.uuid4().hex
-    # The application version makes two ingests that read the same table version exclude each other: offsets are unique.
+    # The next version of this application after the one that the table shows: of two ingests that saw the same, Delta
+    # takes one, whatever else (an OPTIMIZE) is committed in between. So offsets are unique.
+    turn = (deltalake.DeltaTable(path, version=version).transaction_version(INGEST_APP) or 0) + 1
     writer = fresh.write.format("delta").mode("append").option("userMetadata", run)
     try:
-        writer.option("txnAppId", INGEST_APP).option("txnVersion", version + 1).save(str(path))
-    except PySparkException as error:
+        writer.option("txnAppId", INGEST_APP).option("txnVersion", turn).save(str(path))
+    except SPARK_ERRORS as error:
         if "ConcurrentTransaction" in str(error):
             raise InputError(f"another ingest wrote to {path} at the same time; run this one again") from error
         raise
@@ -240,8 +285,8 @@ def _append(spark: SparkSession, events: DataFrame, path: Path, partitions: int)
     return int(last[0]["operationMetrics"]["numOutputRows"])
 
 
-def _create(spark: SparkSession, path: Path, partitions: int) -> None:
+def _create(spark: SparkSession, path: Path, new: NewLog) -> None:
     builder = DeltaTable.createIfNotExists(spark).location(str(path)).partitionedBy("partition")
     for column in LOG_SCHEMA.split(", "):
         builder = builder.addColumn(*column.split(" "))
-    builder.property("vql.partitions", str(partitions)).property("vql.epoch", "1").execute()
+    builder.property("vql.partitions", str(new.partitions)).property("vql.epoch", str(new.epoch)).execute()

@@ -1,4 +1,4 @@
-"""The Java side's needs: a Java of at least 17, and Delta's jars, resolved once and kept.
+"""The Java side's needs: a Java of at least 17, and the jars of Delta and Kafka, resolved once and kept.
 
 Resolving through `spark.jars.packages` asks the resolver at every start of every session; keeping the few jars
 that pyspark does not ship in a cache folder halves the start-up and lets a machine without network run.
@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyspark
@@ -19,8 +20,17 @@ import pyspark
 from models.errors import MachineError
 
 JAVA_MIN = 17
-# The rest of what Ivy brings (Hadoop, Parquet, Jackson, ...) is in the pyspark wheel already, in Spark's versions.
-NEEDED = ("delta-", "unitycatalog-")
+KAFKA_VERSION = "4.3.1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """A Maven module to fetch with what it depends on. `kept`: the beginnings of the names of the jars to keep."""
+
+    organisation: str
+    module: str
+    version: str
+    kept: tuple[str, ...] = ("",)
 
 
 def require_java() -> str:
@@ -39,10 +49,17 @@ def require_java() -> str:
 def delta_jars() -> list[Path]:
     """Delta's jars, fetched on first use (about a minute). Raises MachineError when they cannot be fetched."""
     version = importlib.metadata.version("delta-spark")
-    folder = cache_folder() / f"delta-{version}-spark-{pyspark.__version__}"
-    if not folder.exists():
-        _fetch(version, folder)
-    return sorted(folder.glob("*.jar"))
+    spark = ".".join(pyspark.__version__.split(".")[:2])
+    # The rest of what Ivy brings (Hadoop, Parquet, Jackson, ...) is in the pyspark wheel already, in Spark's versions.
+    kept = ("delta-", "unitycatalog-")
+    delta = Artifact(organisation="io.delta", module=f"delta-spark_{spark}_2.13", version=version, kept=kept)
+    return _kept_jars(delta, f"delta-{version}-spark-{pyspark.__version__}")
+
+
+def kafka_jars() -> list[Path]:
+    """The jars of a Kafka broker, as `delta_jars`."""
+    kafka = Artifact(organisation="org.apache.kafka", module="kafka_2.13", version=KAFKA_VERSION)
+    return _kept_jars(kafka, f"kafka-{KAFKA_VERSION}")
 
 
 def cache_folder() -> Path:
@@ -51,21 +68,27 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VQL_JARS", default))
 
 
-def _fetch(version: str, folder: Path) -> None:
+def _kept_jars(artifact: Artifact, name: str) -> list[Path]:
+    folder = cache_folder() / name
+    if not folder.exists():
+        _fetch(artifact, folder)
+    return sorted(folder.glob("*.jar"))
+
+
+def _fetch(artifact: Artifact, folder: Path) -> None:
     java = require_java()
-    spark = ".".join(pyspark.__version__.split(".")[:2])
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         command = [
             *(java, "-cp", str(Path(pyspark.__file__).parent / "jars" / "*"), "org.apache.ivy.Main", "-warn"),
-            *("-dependency", "io.delta", f"delta-spark_{spark}_2.13", version, "-confs", "default"),
+            *("-dependency", artifact.organisation, artifact.module, artifact.version, "-confs", "default"),
             *("-retrieve", f"{scratch}/[artifact]-[revision].[ext]"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        jars = [jar for jar in Path(scratch).glob("*.jar") if jar.name.startswith(NEEDED)]
-        if done.returncode or not any(jar.name.startswith("delta-spark") for jar in jars):
+        jars = [jar for jar in Path(scratch).glob("*.jar") if jar.name.startswith(artifact.kept)]
+        if done.returncode or not any(jar.name.startswith(artifact.module) for jar in jars):
             reason = "\n".join((done.stdout + done.stderr).strip().splitlines()[-3:])
-            raise MachineError(f"the jars of delta-spark {version} could not be fetched: {reason}")
+            raise MachineError(f"the jars of {artifact.module} {artifact.version} could not be fetched: {reason}")
         whole = Path(tempfile.mkdtemp(dir=folder.parent))
         for jar in jars:
             shutil.move(jar, whole / jar.name)
@@ -75,4 +98,3 @@ def _fetch(version: str, folder: Path) -> None:
             whole.rename(folder)
         except OSError:
             shutil.rmtree(whole)
-

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from feature_repo.handle import StoreHandle
-from feature_repo.reader import Reader
+from feature_repo.reader import ABSENT, FOREIGN, Reader
 from models.checkpoint import open_checkpoint
-from models.errors import InputError, StoreError
+from models.errors import ForeignRowError, InputError, WireError
 from models.item_table import UNKNOWN
 from models.load import load_ranker
 
@@ -30,24 +30,25 @@ class Ranked:
 def rank_user(
     user_id: str, item_ids: Sequence[str], checkpoint_path: Path, state: Path, now_ms: int | None = None
 ) -> Ranked:
-    """Raises InputError for no candidates or an unknown user, StoreError when the user's row cannot be used."""
+    """Raises InputError for no candidates or an unknown user, WireError and ForeignRowError for an unusable row."""
     if not item_ids:
         raise InputError("no candidates; give --candidates ITEM,ITEM,...")
     checkpoint = open_checkpoint(checkpoint_path)
     using = checkpoint.fold()
     reader = Reader(StoreHandle(state=state).open(), checkpoint, using)
-    (row,), missing = reader.read_rows([user_id])
-    if row is None:
-        reason = missing[user_id]
-        if reason == "absent":
+    (row,), _ = reader.read_rows([user_id])
+    read = reader.read([user_id])
+    if reason := read.missing.get(user_id):
+        if reason == ABSENT:
             raise InputError(f"user {user_id!r} has no row of checkpoint {checkpoint.checkpoint_id} in {state}")
-        raise StoreError(f"the row of user {user_id!r} is {reason}; repair it by vql backfill")
+        error = ForeignRowError if reason == FOREIGN else WireError
+        raise error(f"the row of user {user_id!r} in {state} is {reason}; delete it, then run vql backfill")
+    assert row is not None
     ranker = load_ranker(checkpoint, using.table.feature_MF)
     item_C = using.table.lookup(item_ids)
     now_ms = int(time.time() * 1000) if now_ms is None else now_ms
     with torch.inference_mode():
-        caches = reader.read([user_id]).caches
-        logit_BC = ranker.from_cache(torch.from_numpy(item_C)[None], caches, torch.tensor([now_ms]))
+        logit_BC = ranker.from_cache(torch.from_numpy(item_C)[None], read.caches, torch.tensor([now_ms]))
     order = np.argsort(-logit_BC[0].numpy(), kind="stable")
     stamp = row.stamp
     return Ranked(

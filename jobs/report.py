@@ -156,7 +156,8 @@ def _plots(evidence: Evidence) -> list[tuple[str, str]]:
         ("Items by codeword, each group sorted by use: a flat line is a well used codebook", _usage_plot(evidence)),
         ("Bytes of a row by events in it", _bytes_plot(evidence)),
         ("Scores from the cache against scores from attention over the raw history", _score_plot(evidence)),
-        ("Seconds by stage", _stage_plot(evidence)),
+        ("Throughput of each stage that handles events, start-up included", _throughput_plot(evidence)),
+        ("Seconds by stage", _bars(evidence.stage_s, "s")),
     ]
     return [(caption, _data_uri(figure)) for caption, figure in figures]
 
@@ -202,11 +203,21 @@ def _score_plot(evidence: Evidence) -> Figure:
     return figure
 
 
-def _stage_plot(evidence: Evidence) -> Figure:
+def _throughput_plot(evidence: Evidence) -> Figure:
+    events = {
+        "ingest": evidence.history.read,
+        "backfill": evidence.history.appended,
+        "stream": evidence.streamed.events_folded,
+        "redeliver": evidence.redelivered.events_skipped,
+    }
+    return _bars({stage: n / evidence.stage_s[stage] for stage, n in events.items()}, "events/s")
+
+
+def _bars(values: dict[str, float], unit: str) -> Figure:
     figure, axes = _figure()
-    axes.barh(list(evidence.stage_s), list(evidence.stage_s.values()))
+    axes.barh(list(values), list(values.values()))
     axes.invert_yaxis()
-    axes.set(xlabel="s")
+    axes.set(xlabel=unit)
     return figure
 
 

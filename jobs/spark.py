@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from py4j.protocol import Py4JJavaError
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs.jars import delta_jars, require_java
-from models.errors import InputError
+from models.errors import CheckpointError, ForeignRowError, InputError, MachineError, StoreError, VqlError, WireError
 
 LOCAL = "local[2]"
 LOG4J = Path(__file__).with_name("log4j2.properties").as_uri()
+# pyspark has classes for some of what the Java side throws; the rest comes as py4j's.
+SPARK_ERRORS = (PySparkException, Py4JJavaError)
+RAISED_BY_WORKERS = (InputError, CheckpointError, ForeignRowError, WireError, StoreError, MachineError)
 
 
 def open_spark(master: str = LOCAL, name: str = "vql") -> SparkSession:
@@ -22,17 +29,19 @@ def open_spark(master: str = LOCAL, name: str = "vql") -> SparkSession:
     require_java()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     # pyspark logs every analysis error with its Java stack before raising it; the raise is enough.
-    logging.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
+    for name_of_logger in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):
+        logging.getLogger(name_of_logger).setLevel(logging.CRITICAL)
     settings = {
         "spark.jars": ",".join(str(jar) for jar in delta_jars()),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.sql.session.timeZone": "UTC",
+        # A cell that a declared column expression cannot read is null, and its row no event; it must not end the job.
+        "spark.sql.ansi.enabled": "false",
         "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
         # pandas writes nanosecond timestamps, which Spark reads only as integers.
         "spark.sql.legacy.parquet.nanosAsLong": "true",
         "spark.ui.enabled": "false",
-        "spark.log.level": "ERROR",
         "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
     }
     if master.startswith("local"):
@@ -58,9 +67,8 @@ def read_delta(spark: SparkSession, path: Path | str, version: int | None = None
         reader = reader.option("versionAsOf", version)
     try:
         return reader.load(str(path))
-    except PySparkException as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputError(f"{path} is not a Delta table of this product ({first}); run: vql ingest") from error
+    except SPARK_ERRORS as error:
+        raise InputError(f"{path} is not a Delta table of this product ({said_by(error)}); run: vql ingest") from error
 
 
 def table_version(spark: SparkSession, path: Path | str) -> int:
@@ -68,3 +76,41 @@ def table_version(spark: SparkSession, path: Path | str) -> int:
     from delta.tables import DeltaTable
 
     return DeltaTable.forPath(spark, str(path)).history(1).collect()[0]["version"]
+
+
+def said_by(error: Exception) -> str:
+    """The one sentence of a Spark error that says what is wrong, without its Java stack."""
+    text = str(error)
+    if isinstance(error, Py4JJavaError):
+        text = text.partition("\n: ")[2]
+    return text.strip().partition("\n")[0]
+
+
+@contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """Around a job: an error of this product that a worker raised is raised here as what it was.
+
+    Workers are other processes, so Spark and torchrun hand their errors back as text. A disk that fills up under
+    Spark's own files becomes a MachineError.
+    """
+    try:
+        yield
+    except (*SPARK_ERRORS, RuntimeError) as error:
+        raised = _as_raised(str(error))
+        if raised is None:
+            raise
+        raise raised from error
+
+
+def _as_raised(text: str) -> VqlError | None:
+    found = re.search(r"models\.errors\.(\w+): (.+)", text)
+    for kind in RAISED_BY_WORKERS:
+        if found and found[1] == kind.__name__:
+            return kind(found[2])
+    if "No space left on device" in text:
+        return MachineError(f"no space left on a disk that Spark writes to ({_line_with(text, 'No space')}); free some")
+    return None
+
+
+def _line_with(text: str, words: str) -> str:
+    return next(line.strip() for line in text.splitlines() if words in line)

@@ -15,17 +15,20 @@ import numpy as np
 from pyspark.sql import SparkSession
 
 from jobs.examples import ExamplePlan, Vocabulary, build_vocabulary, write_examples
-from jobs.spark import read_delta, table_version
+from jobs.ingest import LogFacts, log_facts
+from jobs.spark import errors_of_workers, read_delta, table_version
 from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, Sizes, open_checkpoint, write_checkpoint
 from models.errors import CheckpointError, InputError
+from models.files import locked, replace_file
 from models.rivals import HISTORIES
+from models.timelines import count_impressions, timeline_files
 from models.training import TrainPlan, final_parameters, train
 
 DAY_MS = 86_400_000.0
 
 
 class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
-    """What to train and on what; `log_version` None reads the newest and records it."""
+    """What to train and on what; versions None read the newest of events and items, and record which that was."""
 
     log: str
     fields: tuple[str, ...] = ()
@@ -38,23 +41,20 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     batch: int = 32
     seed: int = 0
     log_version: int | None = None
+    items_version: int | None = None
 
 
+@errors_of_workers()
 def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, processes: int = 1) -> Checkpoint:
     """Train and write the checkpoint `out`. Raises InputError for an empty log or unknown model settings."""
-    if len(job.half_life_ms) != job.sizes.heads:
-        raise InputError(f"{len(job.half_life_ms)} half-lives for {job.sizes.heads} heads; give one per head")
-    if len({len(head) for head in job.half_life_ms}) != 1:
-        raise InputError(f"every head needs as many rates as the others: {job.half_life_ms}")
-    if job.model not in HISTORIES:
-        raise InputError(f"model {job.model!r} is none of {', '.join(HISTORIES)}")
-    events_path = Path(job.log) / "events"
-    read_delta(spark, events_path)
-    version = job.log_version if job.log_version is not None else table_version(spark, events_path)
-    job = msgspec.structs.replace(job, log_version=version)
-    work = work / f"{job.model}-{_digest(job)}"
-    if finished := _already(out, job):
+    check_job(job, out)
+    pinned = work / f"pinned-{_digest([job, str(out)])}.json"
+    job = _pin(spark, job, pinned)
+    facts = _training_facts(job, log_facts(spark, Path(job.log) / "events"))
+    if finished := _already(out, facts):
         return finished
+    # The number of processes decides the batches, and so the result.
+    work = work / f"{job.model}-{_digest([facts, processes])}"
     plan, vocabulary = _prepare(spark, job, work)
     _distribute(plan, processes)
     manifest = Manifest(
@@ -63,11 +63,45 @@ def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, proc
         half_life_ms=[list(head) for head in job.half_life_ms],
         actions=plan.actions,
         fields=list(vocabulary.fields),
-        training=_training_facts(job),
+        training=facts,
         metrics={"train_loss": _last_loss(work)},
         files={},
     )
-    return write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
+    made = write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
+    pinned.unlink()
+    return made
+
+
+def _pin(spark: SparkSession, job: TrainJob, pinned: Path) -> TrainJob:
+    """The job with its versions: those of an unfinished run of the same job, else the newest.
+
+    So a run that was killed goes on with the log as it was, whatever was ingested since.
+    """
+    events, items = Path(job.log) / "events", Path(job.log) / "items"
+    read_delta(spark, events)
+    if pinned.exists():
+        return msgspec.json.decode(pinned.read_bytes(), type=TrainJob)
+    if job.log_version is None:
+        job = msgspec.structs.replace(job, log_version=table_version(spark, events))
+    if job.fields and job.items_version is None:
+        read_delta(spark, items)
+        job = msgspec.structs.replace(job, items_version=table_version(spark, items))
+    replace_file(pinned, msgspec.json.encode(job))
+    return job
+
+
+def check_job(job: TrainJob, out: Path) -> None:
+    """Refuse before hours of work what cannot be trained, or would write over something that is no checkpoint."""
+    if len(job.half_life_ms) != job.sizes.heads:
+        raise InputError(f"{len(job.half_life_ms)} half-lives for {job.sizes.heads} heads; give one per head")
+    if len({len(head) for head in job.half_life_ms}) != 1:
+        raise InputError(f"every head needs as many rates as the others: {job.half_life_ms}")
+    if job.model not in HISTORIES:
+        raise InputError(f"model {job.model!r} is none of {', '.join(HISTORIES)}")
+    if len({"item_id", *job.fields}) != 1 + len(job.fields):
+        raise InputError(f"fields {list(job.fields)}: item_id is always one, and each can be there once")
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()):
+        raise InputError(f"{out} exists and is no checkpoint; give --checkpoint another path")
 
 
 def parse_half_lives(texts: list[str]) -> tuple[tuple[float | None, ...], ...]:
@@ -89,13 +123,17 @@ def _half_life_ms(text: str) -> float | None:
 def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan, Vocabulary]:
     """The examples and the plan of the run."""
     events = read_delta(spark, Path(job.log) / "events", job.log_version)
-    # Retractions have no place in examples; the actions of the checkpoint are those the log shows.
+    # The actions of the checkpoint are those the log shows.
     seen = [row[0] for row in events.select("action").distinct().orderBy("action").limit(255).collect()]
     actions = [OTHER_ACTION, *(a for a in seen if a != OTHER_ACTION)]
-    items_path = Path(job.log) / "items"
-    vocabulary = build_vocabulary(spark, events, items_path if job.fields else None, list(job.fields))
-    examples = work.parent / f"examples-{_digest([job.log, job.log_version, job.fields, job.examples])}"
+    items = read_delta(spark, Path(job.log) / "items", job.items_version) if job.fields else None
+    vocabulary = build_vocabulary(events, items, list(job.fields))
+    examples = (
+        work.parent / f"examples-{_digest([job.log, job.log_version, job.items_version, job.fields, job.examples])}"
+    )
     write_examples(spark, events, vocabulary, actions, job.examples, examples)
+    if count_impressions(timeline_files(examples)) == 0:
+        raise InputError(f"{job.log} gives no examples: no user has events at two times and items to draw against")
     plan = TrainPlan(
         model=job.model,
         examples=str(examples),
@@ -113,25 +151,42 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
 
 
 def _distribute(plan: TrainPlan, processes: int) -> None:
-    """Run models.training.train under TorchDistributor, on this machine's cores."""
+    """Run the trainer under TorchDistributor, on this machine's cores."""
     from pyspark.ml.torch.distributor import TorchDistributor
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    TorchDistributor(num_processes=processes, local_mode=True, use_gpu=False).run(train, plan)
+    TorchDistributor(num_processes=processes, local_mode=True, use_gpu=False).run(train_alone, plan)
 
 
-def _already(out: Path, job: TrainJob) -> Checkpoint | None:
-    """The checkpoint at `out` when this very job made it."""
+def train_alone(plan: TrainPlan) -> None:
+    """models.training.train, once what a killed run left behind is done with the same work folder.
+
+    torchrun starts its workers in sessions of their own: they outlive a kill of the job.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        train(plan)
+        return
+    with locked(Path(plan.work)):
+        train(plan)
+
+
+def _already(out: Path, facts: dict[str, str | int | float]) -> Checkpoint | None:
+    """The checkpoint at `out` if this very job made it. Raises InputError for another's: rankers may read it."""
     try:
         found = open_checkpoint(out)
     except CheckpointError:
         return None
-    return found if found.manifest.training == _training_facts(job) else None
+    if found.manifest.training != facts:
+        raise InputError(
+            f"{out} holds checkpoint {found.checkpoint_id} of another training; give --checkpoint another path"
+        )
+    return found
 
 
-def _training_facts(job: TrainJob) -> dict[str, str | int | float]:
+def _training_facts(job: TrainJob, log: LogFacts) -> dict[str, str | int | float]:
+    """What decides the parameters. The log is named by its id: where it lies does not matter."""
     return {
-        "job": _digest(job),
+        "job": _digest(msgspec.structs.replace(job, log=log.log_id)),
         "log_version": job.log_version if job.log_version is not None else -1,
         "seed": job.seed,
         "epochs": job.epochs,

@@ -170,9 +170,11 @@ def write_checkpoint(
         if path.exists():
             path.replace(old)
         partial.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
+        if old.exists() and not path.exists():
+            old.replace(path)
         raise disk_error(error, path) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return open_checkpoint(path)

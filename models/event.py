@@ -71,7 +71,12 @@ _DECODER = msgspec.json.Decoder(Event)
 
 
 def parse(value: bytes) -> Event:
-    """Decode and check one event. Raises EventError with a reason code that a dashboard can group by."""
+    """Decode and check one event. Raises EventError with a reason code that a dashboard can group by.
+
+    >>> parse(b'{"event_id": "e", "user_id": "u", "item_id": "i", "action": "view", "event_time_ms": 1600000000}')
+    Traceback (most recent call last):
+    models.errors.EventError: event_time: event_time_ms 1600000000 is not Unix ms of 1973..2100 (seconds?)
+    """
     try:
         event = _DECODER.decode(value)
     except msgspec.ValidationError as error:
@@ -124,6 +129,16 @@ def columns(events: Sequence[Event], offsets: Sequence[int]) -> EventColumns:
         weight_N=np.array([e.weight for e in events], np.float32),
         event_hash_N=np.array([hash_event_id(e.event_id) for e in events], np.uint32),
     )
+
+
+def runs(code_N: np.ndarray) -> list[tuple[int, int]]:
+    """Start and end of each run of equal codes: the users, say, of events sorted by user.
+
+    >>> runs(np.array([3, 3, 1, 1, 1]))
+    [(0, 2), (2, 5)]
+    """
+    starts = np.flatnonzero(np.diff(code_N, prepend=-1))
+    return list(zip(starts.tolist(), [*starts[1:].tolist(), len(code_N)], strict=False))
 
 
 def hash_event_id(event_id: str) -> int:

@@ -73,7 +73,7 @@ def read_index(folder: Path) -> TableIndex:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no item table; run: vql encode-items") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); run: vql encode-items --rebuild") from error
+        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
 
 
 def append_segments(folder: Path, checkpoint_id: str, files: Sequence[Path]) -> TableIndex:
@@ -104,7 +104,7 @@ def load_table(
     if index.checkpoint_id != checkpoint_id:
         raise CheckpointError(f"{folder} is the item table of {index.checkpoint_id}, not of {checkpoint_id}")
     if not index.segments:
-        raise CheckpointError(f"{folder} holds an item table without items; run: vql encode-items --rebuild")
+        raise CheckpointError(f"{folder} holds an item table without items; restore it from a copy")
     tables = [_read_segment(folder / s.name, s) for s in index.segments]
     table = pa.concat_tables(tables).combine_chunks()
     _, heads, width = action_value_AHD.shape
@@ -122,9 +122,9 @@ def load_table(
 
 def _read_segment(path: Path, segment: Segment) -> pa.Table:
     if not path.exists():
-        raise CheckpointError(f"{path} is missing; run: vql encode-items --rebuild")
+        raise CheckpointError(f"{path} is missing; restore it from a copy: rows hold its indices")
     if sha256_file(path) != segment.sha256:
-        raise CheckpointError(f"{path} does not match its hash; run: vql encode-items --rebuild")
+        raise CheckpointError(f"{path} does not match its hash; restore it from a copy: rows hold its indices")
     return pq.read_table(path, columns=["item_id", "code", "value", "feature"])
 
 

@@ -23,7 +23,8 @@ from models.checkpoint import Sizes
 from models.codebook import Codebook
 from models.request import PADDING, Request
 
-# Share of item ids hidden in each training batch: a new item then reads as its category, not as noise.
+# Share of item ids hidden in each training batch: a new item then reads as its category, an unknown one as any item,
+# and neither as the noise of an embedding row that was never trained.
 UNKNOWN_SHARE = 0.02
 
 
@@ -65,11 +66,12 @@ class ItemEncoder(nn.Module):
         self.register_buffer("feature_MF", feature_MF, persistent=False)
 
     def forward(self, item: Int64[torch.Tensor, "*N"]) -> Float[torch.Tensor, "*N d"]:
-        """Vectors of known items by index. In training a few ids are hidden, so that "unknown" is learned too."""
+        """Vectors of known items by index. In training a few ids, and of half of these all fields, are hidden."""
         feature = self.feature_MF[item]
         if self.training:
-            hidden = torch.rand(item.shape) < UNKNOWN_SHARE
-            feature = torch.cat([torch.where(hidden, 0, feature[..., 0])[..., None], feature[..., 1:]], dim=-1)
+            draw = torch.rand(item.shape)[..., None]
+            hidden = torch.cat([draw < UNKNOWN_SHARE, (draw < UNKNOWN_SHARE / 2).expand_as(feature[..., 1:])], dim=-1)
+            feature = torch.where(hidden, 0, feature)
         return self.encode(feature)
 
     def encode(self, feature_NF: Int64[torch.Tensor, "*N F"]) -> Float[torch.Tensor, "*N d"]:

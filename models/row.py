@@ -17,6 +17,7 @@ from itertools import takewhile
 import numpy as np
 
 from models.cache import Cache, CacheSpec, EncodedEvents, empty, fold
+from models.errors import CheckpointError
 from models.item_table import ItemTable
 from models.wire import (
     FOLDED_MAGIC,
@@ -79,8 +80,16 @@ class Fold:
     table: ItemTable
 
     def encode(self, recent: np.ndarray) -> EncodedEvents:
-        """Look the events' items and actions up in the table."""
+        """Look the events' items and actions up in the table.
+
+        Raises CheckpointError for an item beyond the table: another writer's is newer.
+        """
         item_N = recent["item"]
+        if len(item_N) and int(item_N.max()) >= len(self.table):
+            raise CheckpointError(
+                f"a row holds item {int(item_N.max())}, but this item table ends at {len(self.table) - 1}: "
+                "it has grown since; start again"
+            )
         return EncodedEvents(
             code_NG=self.table.code_MG[item_N],
             value_NHD=self.table.value_MHD[item_N] + self.table.action_value_AHD[recent_actions(recent)],
@@ -89,9 +98,9 @@ class Fold:
         )
 
 
-def new_row(spec: CacheSpec, epoch: int, partition: int) -> Row:
+def new_row(spec: CacheSpec, epoch: int, partition: int, revision: int = 0) -> Row:
     """A user of whom nothing is known: complete up to the position before the first."""
-    stamp = Stamp(epoch=epoch, partition=partition, offset=-1)
+    stamp = Stamp(epoch=epoch, partition=partition, offset=-1, revision=revision)
     return Row(
         spec=spec,
         folded_data=encode_folded(empty(spec), stamp),

@@ -149,7 +149,8 @@ def _batches_from(run: _Run, rank: int, world: int) -> Iterator[list[Impression]
 
 def _step(run: _Run, request: Request) -> float:
     """One optimisation step; returns the loss."""
-    if isinstance(run.ranker.history, VqlHistory) and run.step == run.steps // 2 + 1:
+    history = run.ranker.history
+    if isinstance(history, VqlHistory) and not history.codebook.started and run.step > run.steps // 2:
         _start_codebook(run)
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -217,6 +218,5 @@ def _save(run: _Run, path: Path) -> None:
 
 def _trim_log(path: Path, step: int) -> None:
     """Losses after the step that is resumed from will be written again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(lines[:step]))
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    replace_file(path, b"".join(lines[:step]))

@@ -17,8 +17,8 @@ raw events, not yet folded). Both are a header, typed sections and a checksum, a
     64  sections, each: type u16, dtype u16, items u32, size_bytes u64, payload
     end CRC32C of all before, u32
 
-Section types: 1 codes (u16 each), 2 net counts (i32 each), 3 masses (f32, items x P x R), 4 means (f32 or f16,
-items x P x R x D), 5 recent events (24 bytes each, `RECENT`). A reader skips types it does not know, so a later
+Section types: 1 codes (u16 each), 2 net counts (i32 each), 3 masses (f32, items x P x R), 4 means (f32, items x P x
+R x D), 5 recent events (24 bytes each, `RECENT`). A reader skips types it does not know, so a later
 part is a new section and not a new version. Version 1 is frozen by the golden files in tests/golden.
 """
 
@@ -41,8 +41,8 @@ _SECTION = struct.Struct("<HHIQ")
 _CRC = struct.Struct("<I")
 FOLDED_MAGIC, RECENT_MAGIC = b"VQLF", b"VQLR"
 _CODES, _NETS, _MASSES, _MEANS, _EVENTS = 1, 2, 3, 4, 5
-_U16, _I32, _F32, _F16, _RECORD = 1, 2, 3, 4, 5
-_DTYPES = {_U16: np.dtype("<u2"), _I32: np.dtype("<i4"), _F32: np.dtype("<f4"), _F16: np.dtype("<f2")}
+_U16, _I32, _F32, _RECORD = 1, 2, 3, 5
+_DTYPES = {_U16: np.dtype("<u2"), _I32: np.dtype("<i4"), _F32: np.dtype("<f4")}
 
 # position = offset << 16 | high 16 bits of the event hash; time = event_time_ms << 16 | action << 8 | hash byte.
 # 48 bits of offset and of time are enough for 280 trillion; 24 bits of hash are compared beside all other fields.

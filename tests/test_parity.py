@@ -23,7 +23,7 @@ from deltalake import DeltaTable
 from feature_repo.handle import StoreHandle
 from feature_repo.reader import Reader
 from jobs.backfill import backfill
-from jobs.ingest import EventSource, ingest
+from jobs.ingest import EventSource, NewLog, ingest
 from jobs.parity import compare_rows
 from models.checkpoint import Checkpoint
 from models.event import Event, parse
@@ -58,7 +58,12 @@ def log(spark, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in range(3):
         rows = [msgspec.structs.asdict(e) for e, s in zip(events, share, strict=True) if s == part]
         pq.write_table(pa.Table.from_pylist(rows), folder / f"{part}.parquet")
-        ingest(spark, EventSource(path=folder / f"{part}.parquet", format="parquet", columns={}), folder / "log", 3)
+        ingest(
+            spark,
+            EventSource(path=folder / f"{part}.parquet", format="parquet", columns={}),
+            folder / "log",
+            NewLog(partitions=3),
+        )
     return folder / "log"
 
 

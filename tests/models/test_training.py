@@ -73,10 +73,10 @@ def test_another_seed_gives_others(tmp_path):
 
 @pytest.mark.slow
 def test_a_training_killed_twice_ends_with_the_parameters_of_one_that_was_not(tmp_path):
-    whole = small_plan(tmp_path, work=str(tmp_path / "whole"), epochs=30)
-    killed = small_plan(tmp_path, work=str(tmp_path / "killed"), epochs=30)
+    whole = small_plan(tmp_path, work=str(tmp_path / "whole"), epochs=15)
+    killed = small_plan(tmp_path, work=str(tmp_path / "killed"), epochs=15)
     _run(whole)
-    for step in (20, 150):
+    for step in (20, 90):
         _run(killed, kill_at_step=step)
     resumed = _run(killed)
     assert "resumed at step" in resumed

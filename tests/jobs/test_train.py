@@ -1,0 +1,171 @@
+"""A training ends with the same checkpoint wherever it runs and however often it is killed, or is refused at once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from jobs.ingest import ingest
+from jobs.train import DAY_MS, TrainJob, parse_half_lives, run_training
+from models.checkpoint import Sizes, open_checkpoint
+from models.errors import InputError
+from models.load import load_ranker
+from tests.jobs.processes import kill_when, start
+from tests.jobs.tiny import CATEGORIES, ITEMS, SIZES, Shop, source, take, tiny_job, write_rows
+from tests.small import START_MS
+from tests.small_examples import small_plan
+
+TRAIN_ALONE = """
+import sys, msgspec, torch
+from jobs.train import train_alone
+from models.training import TrainPlan
+torch.set_num_threads(1)
+train_alone(msgspec.json.decode(sys.stdin.buffer.read(), type=TrainPlan))
+"""
+
+
+@pytest.mark.spark
+def test_a_checkpoint_says_what_it_was_trained_on_and_with(shop: Shop) -> None:
+    checkpoint = open_checkpoint(shop.checkpoint)
+    manifest = checkpoint.manifest
+    assert (manifest.model, manifest.sizes) == ("vql", SIZES)
+    assert manifest.actions == ["other", "purchase", "view"]
+    assert manifest.fields == ["item_id", "category"]
+    assert manifest.half_life_ms == [[DAY_MS], [7 * DAY_MS], [28 * DAY_MS], [None]]
+    assert manifest.training["log_version"] == 1
+    assert 0 < manifest.metrics["train_loss"] < 1
+    assert checkpoint.vocabulary("item_id") == sorted(f"i{n}" for n in range(ITEMS))
+    assert checkpoint.vocabulary("category") == [f"c{n}" for n in range(CATEGORIES)]
+    ranker = load_ranker(checkpoint, checkpoint.fold().table.feature_MF)
+    assert bool(ranker.history.codebook.started)
+
+
+@pytest.mark.spark
+def test_the_same_job_again_returns_what_it_made(spark, own_shop: Shop, shop: Shop, tmp_path: Path) -> None:
+    made = run_training(spark, tiny_job(shop.log), tmp_path / "work", own_shop.checkpoint)
+    assert made.checkpoint_id == open_checkpoint(shop.checkpoint).checkpoint_id
+    assert made.items_path.is_dir()
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+def test_a_training_killed_midway_ends_with_the_checkpoint_of_one_that_was_not(
+    spark, shop: Shop, tmp_path: Path
+) -> None:
+    whole = run_training(spark, killable(shop), tmp_path / "whole", tmp_path / "first")
+    options = ["--log", shop.log, "--field", "category", "--groups", 2, "--codewords", 8, "--window", 4]
+    options += ["--epochs", 8, "--checkpoint", tmp_path / "second", "--work", tmp_path / "killed"]
+
+    def past_a_saved_state() -> bool:
+        return any((tmp_path / "killed").glob("vql-*/state.pt"))
+
+    kill_when(start(["train", *options], tmp_path), past_a_saved_state)
+    assert not (tmp_path / "second").exists()
+    made = run_training(spark, killable(shop), tmp_path / "killed", tmp_path / "second")
+
+    assert made.checkpoint_id == whole.checkpoint_id
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+def killable(shop: Shop) -> TrainJob:
+    """What the command line makes of the options of the test: enough steps to be killed among them."""
+    sizes = Sizes(heads=4, groups=2, codewords=8, window=4)
+    return tiny_job(shop.log, sizes=sizes, epochs=8)
+
+
+def losses(work: Path) -> list[float]:
+    (file,) = work.glob("vql-*/loss.jsonl")
+    return [json.loads(line)["loss"] for line in file.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_worker_that_outlived_its_job_is_waited_for(tmp_path: Path) -> None:
+    plan = small_plan(tmp_path, epochs=20)
+    runs = [subprocess.Popen([sys.executable, "-c", TRAIN_ALONE], stdin=subprocess.PIPE) for _ in range(2)]
+    for run in runs:
+        run.communicate(msgspec.json.encode(plan), timeout=120)
+    assert [run.returncode for run in runs] == [0, 0]
+    lines = (Path(plan.work) / "loss.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, len(lines) + 1))
+
+
+@pytest.mark.spark
+def test_two_processes_train_one_model(spark, shop: Shop, tmp_path: Path) -> None:
+    made = run_training(spark, tiny_job(shop.log, batch=16), tmp_path / "work", tmp_path / "checkpoint", processes=2)
+    # Two batches of 16 at each step: as many steps as one process with batches of 32.
+    (alone,) = (shop.checkpoint.parent / "work").glob("vql-*/loss.jsonl")
+    assert len(losses(tmp_path / "work")) == len(alone.read_text().splitlines())
+    assert made.manifest.metrics["train_loss"] < 0.7
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"half_life_ms": ((DAY_MS,), (None,))}, "2 half-lives for 4 heads; give one per head"),
+        ({"half_life_ms": ((DAY_MS,), (None, 1.0), (None,), (None,))}, "every head needs as many rates"),
+        ({"model": "transformer"}, "model 'transformer' is none of vql, din_50, no_history"),
+        ({"fields": ("category", "category")}, "each can be there once"),
+        ({"fields": ("item_id",)}, "item_id is always one"),
+    ],
+)
+def test_settings_that_cannot_be_trained_are_refused_before_anything_is_read(
+    tmp_path: Path, change: dict, words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        run_training(None, tiny_job(tmp_path / "no log", **change), tmp_path / "work", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_checkpoint_is_not_written_over_other_things(tmp_path: Path, kind: str) -> None:
+    out = tmp_path / "precious"
+    (out / "thesis").mkdir(parents=True) if kind == "folder" else out.write_text("thesis")
+    with pytest.raises(InputError, match="precious exists and is no checkpoint; give --checkpoint another path"):
+        run_training(None, tiny_job(tmp_path / "log"), tmp_path / "work", out)
+    assert out.exists()
+
+
+@pytest.mark.spark
+def test_a_log_that_cannot_be_trained_on_is_refused(spark, shop: Shop, tmp_path: Path) -> None:
+    def refused(job: TrainJob, words: str) -> None:
+        with pytest.raises(InputError, match=words):
+            run_training(spark, job, tmp_path / "work", tmp_path / "out")
+
+    refused(tiny_job(tmp_path / "nowhere"), "nowhere/events is not a Delta table.*run: vql ingest")
+    refused(tiny_job(shop.log, fields=("brand",)), r"items has no columns \['brand'\]; it has")
+    refused(tiny_job(shop.log, log_version=99), "events is not a Delta table.*99")
+    refused(tiny_job(shop.log, log_version=0), "the log holds no events")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.spark
+def test_a_log_without_a_single_example_is_refused(spark, tmp_path: Path) -> None:
+    once = [
+        {"event_id": u, "user_id": u, "item_id": "i", "action": "view", "event_time_ms": START_MS, "weight": 1.0}
+        for u in "abc"
+    ]
+    take(spark, once, tmp_path / "log")
+    with pytest.raises(InputError, match="log gives no examples"):
+        run_training(spark, tiny_job(tmp_path / "log", fields=()), tmp_path / "work", tmp_path / "out")
+    # More events of the same users: another log version, another folder of examples.
+    later = [e | {"event_id": 2 * e["event_id"], "item_id": e["user_id"], "event_time_ms": START_MS + 1} for e in once]
+    ingest(spark, source(write_rows(tmp_path / "later.parquet", later)), tmp_path / "log")
+    job = tiny_job(tmp_path / "log", fields=(), model="no_history")
+    assert run_training(spark, job, tmp_path / "work", tmp_path / "out").manifest.training["log_version"] == 2
+
+
+def test_half_lives_are_read_by_unit() -> None:
+    hour = DAY_MS / 24
+    assert parse_half_lives(["12h", "7d", "never"]) == ((12 * hour,), (7 * DAY_MS,), (None,))
+    assert parse_half_lives(["1.5d,never", "90m,30s"]) == ((1.5 * DAY_MS, None), (1.5 * hour, 30_000.0))
+
+
+@pytest.mark.parametrize("text", ["7", "d", "", "7w", "sevend", "0h", "-1d", "nand", "infd", "1d,"])
+def test_half_lives_that_are_none_are_named(text: str) -> None:
+    with pytest.raises(InputError, match=f"half-life '{text.split(',')[-1]}'"):
+        parse_half_lives([text])

@@ -1,0 +1,60 @@
+"""A batch of impressions: histories end at the last column, and padding can be told from events."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from models.request import PADDING, Impression, collate
+
+
+def impression(events: int, candidates: int, user_id: str = "u") -> Impression:
+    n = np.arange(1, events + 1)
+    return Impression(
+        user_id=user_id,
+        now_ms=1000 + events,
+        candidate_C=np.arange(10, 10 + candidates, dtype=np.int32),
+        label_C=np.r_[1, np.zeros(candidates - 1)].astype(np.int8),
+        item_L=n.astype(np.int32),
+        action_L=(n % 2).astype(np.int32),
+        time_ms_L=n * 100,
+        weight_L=(n / 2).astype(np.float32),
+    )
+
+
+def test_histories_are_padded_on_the_left_with_weight_zero():
+    history = collate([impression(3, 2), impression(1, 2)]).history
+    assert history.item_BL.tolist() == [[1, 2, 3], [0, 0, 1]]
+    assert history.action_BL.tolist() == [[1, 0, 1], [0, 0, 1]]
+    assert history.time_ms_BL.tolist() == [[100, 200, 300], [0, 0, 100]]
+    assert history.weight_BL.tolist() == [[0.5, 1.0, 1.5], [0.0, 0.0, 0.5]]
+    assert history.item_BL.dtype == torch.int64
+
+
+def test_candidates_are_padded_on_the_right_with_a_label_that_is_neither():
+    request = collate([impression(1, 3), impression(1, 1)])
+    assert request.candidate_BC.tolist() == [[10, 11, 12], [10, 0, 0]]
+    assert request.label_BC.tolist() == [[1, 0, 0], [1, PADDING, PADDING]]
+    assert request.now_ms_B.tolist() == [1001, 1001]
+
+
+@pytest.mark.parametrize(
+    ("length", "kept"), [(2, [4, 5]), (5, [1, 2, 3, 4, 5]), (9, [1, 2, 3, 4, 5]), (None, [1, 2, 3, 4, 5])]
+)
+def test_of_a_long_history_the_newest_events_are_kept(length, kept):
+    assert collate([impression(5, 1)], length).history.item_BL.tolist() == [kept]
+
+
+def test_a_user_without_events_has_padding_alone():
+    history = collate([impression(0, 1)]).history
+    assert history.weight_BL.tolist() == [[0.0]]
+    both = collate([impression(0, 1), impression(2, 1)]).history
+    assert both.weight_BL.tolist() == [[0.0, 0.0], [0.5, 1.0]]
+
+
+def test_the_newest_of_a_history_are_its_last_columns():
+    history = collate([impression(4, 1), impression(1, 1)]).history
+    assert history.newest(2).item_BL.tolist() == [[3, 4], [0, 1]]
+    assert history.newest(2).weight_BL.tolist() == [[1.5, 2.0], [0.0, 0.5]]
+    assert history.newest(9).item_BL.tolist() == history.item_BL.tolist()
