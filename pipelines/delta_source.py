@@ -38,6 +38,7 @@ class Log:
     """An event log as it was when opened: `ends` holds the last offset of each partition, -1 where it is empty."""
 
     path: Path
+    log_id: str
     epoch: int
     ends: dict[int, int]
 
@@ -52,7 +53,12 @@ def open_log(path: Path) -> Log:
         raise InputError(
             f"{path} is no event log: its table property {error} is wrong; make it by vql ingest"
         ) from error
-    return Log(path=path, epoch=epoch, ends={p: _end(table, epoch, p) for p in range(partitions)})
+    return Log(
+        path=path,
+        log_id=str(table.metadata().id),
+        epoch=epoch,
+        ends={p: _end(table, epoch, p) for p in range(partitions)},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

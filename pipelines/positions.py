@@ -7,7 +7,7 @@ at the later of the two; starting further on would leave a hole that no stamp sh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, Protocol
 
 from feature_repo.store import Backfill
 from models.errors import InputError, StoreError
@@ -15,8 +15,21 @@ from pipelines.delta_source import Log
 from pipelines.records import Slice
 
 
+class OpenedLog(Protocol):
+    """A log as it was when opened: what messages call it, its epoch, and the last offset of each partition."""
+
+    @property
+    def path(self) -> object: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    @property
+    def ends(self) -> Mapping[int, int]: ...
+
+
 def slices(
-    log: Log, positions: Mapping[int, int], partitions: tuple[int, ...] | None, until: Literal["end", "forever"]
+    log: OpenedLog, positions: Mapping[int, int], partitions: tuple[int, ...] | None, until: Literal["end", "forever"]
 ) -> tuple[Slice, ...]:
     """The parts of the log to read; partitions None: all. Raises InputError for partitions that it does not have."""
     chosen = tuple(log.ends) if partitions is None else partitions
@@ -41,22 +54,30 @@ def start_positions(
     backfill: Backfill | None,
     start: Literal["resume", "earliest"],
 ) -> dict[int, int]:
-    """The offset after which each partition of the log is to be read.
-
-    Everything at or below the later of the committed position and the backfill's cut is in the rows. A partition
-    that the backfill did not meet starts at its beginning. Raises StoreError when neither exists, and when either
-    is of another epoch, or further, than the log.
-    """
-    known = dict(committed)
-    if backfill is not None:
-        for partition in log.ends:
-            cut = (backfill.epoch, backfill.cut.get(partition, -1))
-            known[partition] = max(cut, known.get(partition, cut))
+    """The offset after which each partition of the log is to be read. Raises StoreError, also as known_positions."""
+    known = known_positions(log, committed, backfill)
     missing = [partition for partition in log.ends if partition not in known]
     if missing and start == "resume":
         raise StoreError(
             f"partitions {missing} of {log.path} were never backfilled; run vql backfill, or start with --from earliest"
         )
+    return dict.fromkeys(log.ends, -1) if start == "earliest" else known
+
+
+def known_positions(
+    log: OpenedLog, committed: Mapping[int, tuple[int, int]], backfill: Backfill | None
+) -> dict[int, int]:
+    """The offset of each partition up to which everything is in the rows: the later of commit and backfill's cut.
+
+    A partition that the backfill did not meet has nothing in the rows; one is absent where neither exists. Raises
+    StoreError when either is of another epoch, or further, than the log.
+    """
+    # A backfill of a new epoch speaks for every partition, also for those that the log no longer has.
+    known = {p: at for p, at in committed.items() if backfill is None or at[0] >= backfill.epoch}
+    if backfill is not None:
+        for partition in log.ends:
+            cut = (backfill.epoch, backfill.cut.get(partition, -1))
+            known[partition] = max(cut, known.get(partition, cut))
     for partition, (epoch, offset) in known.items():
         if epoch != log.epoch or partition not in log.ends:
             raise StoreError(
@@ -68,6 +89,4 @@ def start_positions(
                 f"the rows hold partition {partition} up to offset {offset}, but {log.path} ends at "
                 f"{log.ends[partition]}; restore the log, or wait until the ingest has caught up"
             )
-    if start == "earliest":
-        return dict.fromkeys(log.ends, -1)
-    return {partition: known[partition][1] for partition in log.ends}
+    return {partition: offset for partition, (_, offset) in known.items()}

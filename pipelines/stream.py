@@ -23,9 +23,12 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
 
 from models.checkpoint import open_checkpoint
+from models.errors import InputError, StoreError
 from pipelines.dead_letters import KeepDeadLetters
 from pipelines.delta_source import DeltaSource, open_log
 from pipelines.encode import EncodeEvents
+from pipelines.kafka_source import KafkaSource
+from pipelines.kafka_topic import KafkaLog, Start, open_topic, topic_positions
 from pipelines.parse import LETTERS, ParseRecords
 from pipelines.positions import slices, start_positions
 from pipelines.records import Ledger, Slice
@@ -40,15 +43,17 @@ PROGRESS_INTERVAL_S = 5.0
 class StreamPlan:
     """What one stream does.
 
-    `start`: "resume" at the committed positions or the backfill's cut, or "earliest", the explicit choice to go
-    without a backfill. `until`: "end", the log's end as of now, or "forever". `partitions`: None for all.
+    `kafka`: the topic to read in place of the Delta log at log_path. `start`: "resume" at the committed positions or
+    the backfill's cut, or "earliest", the explicit choice to go without a backfill; for a topic also as
+    kafka_topic.topic_positions says. `until`: "end", the log's end as of now, or "forever". `partitions`: None for all.
     """
 
     log_path: Path
     checkpoint_path: Path
     store: RowsHandle
     dead_letters_path: Path
-    start: Literal["resume", "earliest"] = "resume"
+    kafka: KafkaLog | None = None
+    start: Start = "resume"
     until: Literal["end", "forever"] = "end"
     partitions: tuple[int, ...] | None = None
     batch_size: int = 10_000
@@ -101,7 +106,8 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS) -> StreamRe
     )
     source = resolve(plan, checkpoint.checkpoint_id)
     log = structlog.get_logger()
-    log.info("stream starts", log=str(plan.log_path), until=plan.until, slices=[_words(s) for s in source.slices])
+    read = plan.log_path if plan.kafka is None else plan.kafka.topic
+    log.info("stream starts", log=str(read), until=plan.until, slices=[_words(s) for s in source.slices])
     started_s = time.monotonic()
     pipeline = beam.Pipeline(options=PipelineOptions(list(pipeline_args)))
     build(pipeline, source, checkpoint, plan)
@@ -113,19 +119,32 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS) -> StreamRe
     return report
 
 
-def resolve(plan: StreamPlan, checkpoint_id: str) -> DeltaSource:
+def resolve(plan: StreamPlan, checkpoint_id: str) -> DeltaSource | KafkaSource:
     """The source with the position of every partition. Here, because Beam only logs what a source's split raises."""
-    log, rows = open_log(plan.log_path), opened_rows(plan.store)
-    positions = start_positions(log, rows.positions(checkpoint_id), rows.backfill(checkpoint_id), plan.start)
+    rows = opened_rows(plan.store)
+    committed, backfill = rows.positions(checkpoint_id), rows.backfill(checkpoint_id)
+    if plan.kafka is not None:
+        topic = open_topic(plan.kafka)
+        chosen = slices(topic, topic_positions(topic, committed, backfill, plan.start), plan.partitions, plan.until)
+        ledger = Ledger(store=plan.store, checkpoint_id=checkpoint_id, epoch=topic.epoch)
+        return KafkaSource.of(topic, chosen, ledger, plan.batch_size)
+    log = open_log(plan.log_path)
+    if plan.start not in ("resume", "earliest"):
+        raise InputError(f"a stream over {log.path} starts at resume or earliest, not at {plan.start}")
+    if backfill is not None and backfill.epoch == log.epoch and backfill.log_id != log.log_id:
+        raise StoreError(
+            f"the rows come from another log of epoch {log.epoch}, {backfill.log}: its offsets do not compare with "
+            f"those of {log.path}; ingest the new log with --epoch {log.epoch + 1}, and backfill"
+        )
     return DeltaSource(
         path=plan.log_path,
-        slices=slices(log, positions, plan.partitions, plan.until),
+        slices=slices(log, start_positions(log, committed, backfill, plan.start), plan.partitions, plan.until),
         ledger=Ledger(store=plan.store, checkpoint_id=checkpoint_id, epoch=log.epoch),
         batch_size=plan.batch_size,
     )
 
 
-def bundle_share_s(source: DeltaSource, plan: StreamPlan) -> float:
+def bundle_share_s(source: DeltaSource | KafkaSource, plan: StreamPlan) -> float:
     """The in-process runner reads the partitions one after another within a bundle."""
     return plan.bundle_s / len(source.slices)
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
 import pytest
 
 from feature_repo.handle import StoreHandle
@@ -155,8 +156,6 @@ def test_users_of_many_batches_have_the_same_rows(
 
 
 def test_no_batch_and_an_empty_batch_give_no_rows(spark, shop: Shop, checkpoint: Checkpoint) -> None:
-    import pyarrow as pa
-
     columns = ("user_id", "item_id", "action"), ("event_time_ms", "partition", "offset", "event_hash"), ("weight",)
     schema = [(n, t) for names, t in zip(columns, (pa.string(), pa.int64(), pa.float64()), strict=True) for n in names]
     empty = pa.RecordBatch.from_pylist([], pa.schema(schema))
@@ -211,7 +210,7 @@ def test_a_store_that_fails_under_the_workers_says_so(
 def test_after_a_kill_the_same_command_completes_the_rows(spark, tmp_path: Path) -> None:
     checkpoint, log, state = scoring_checkpoint(tmp_path / "checkpoint"), tmp_path / "log", tmp_path / "state"
     # Many users, for many puts.
-    take(spark, list(purchases(range(1), users=MANY))[::2], log)
+    take(spark, purchases(range(1), users=MANY)[::2], log)
     command = ["backfill", "--checkpoint", checkpoint.path, "--log", log, "--state", state]
     kill_when(start(command, tmp_path), lambda: rows_in(state) > 0)
     store = StoreHandle(state=state)
@@ -232,7 +231,7 @@ def rows_in(state: Path) -> int:
         connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
         try:
             return connection.execute("SELECT count(*) FROM rows").fetchone()[0]
-        except sqlite3.OperationalError:
+        except sqlite3.DatabaseError:
             return 0
         finally:
             connection.close()

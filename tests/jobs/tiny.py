@@ -17,7 +17,10 @@ from models.checkpoint import Sizes
 from tests.small import START_MS
 
 USERS, DAYS, ITEMS, CATEGORIES, PARTITIONS = 30, 12, 24, 3, 2
-SIZES = Sizes(width=8, heads=4, groups=2, codewords=8, key_width=4, value_width=4, window=4)
+# What the command line makes of TRAIN_OPTIONS, with over fifty steps: a state is saved on the way.
+SIZES = Sizes(heads=4, groups=2, codewords=8, window=4)
+EPOCHS = 8
+TRAIN_OPTIONS = ["--field", "category", "--groups", 2, "--codewords", 8, "--window", 4, "--epochs", EPOCHS]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +81,6 @@ def logged(log: Path, table: str = "events") -> list[dict]:
 
 
 def tiny_job(log: Path, **changes) -> TrainJob:
-    """A training of two dozen steps."""
-    settings = {"log": str(log), "fields": ("category",), "sizes": SIZES, "epochs": 2}
+    """A training of some ninety steps."""
+    settings = {"log": str(log), "fields": ("category",), "sizes": SIZES, "epochs": EPOCHS}
     return TrainJob(**(settings | changes))

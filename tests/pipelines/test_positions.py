@@ -10,7 +10,7 @@ from pipelines.delta_source import Log
 from pipelines.positions import slices, start_positions
 from pipelines.records import Slice
 
-LOG = Log(path=Path("log"), epoch=2, ends={0: 100, 1: 50, 2: -1})
+LOG = Log(path=Path("log"), log_id="id", epoch=2, ends={0: 100, 1: 50, 2: -1})
 
 
 def backfill(cut: dict[int, int], epoch: int = 2) -> Backfill:
@@ -46,6 +46,13 @@ def test_another_epoch_is_refused(start) -> None:
 
 def test_a_backfill_of_the_new_epoch_supersedes_old_positions() -> None:
     assert start_positions(LOG, {0: (1, 5000)}, backfill({0: 9}), "resume") == {0: 9, 1: -1, 2: -1}
+
+
+def test_a_backfill_of_a_new_epoch_with_fewer_partitions_supersedes_the_positions_of_all() -> None:
+    assert start_positions(LOG, {0: (1, 5), 7: (1, 5000)}, backfill({0: 9}), "resume") == {0: 9, 1: -1, 2: -1}
+
+    with pytest.raises(StoreError, match="hold partition 7 of epoch 2"):
+        start_positions(LOG, {7: (2, 5000)}, backfill({0: 9}), "resume")
 
 
 def test_a_log_shorter_than_the_rows_is_refused() -> None:

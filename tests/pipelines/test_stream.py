@@ -24,6 +24,7 @@ from models.event import Event
 from models.row import whole_cache
 from models.wire import Stamp
 from pipelines.dead_letters import read_dead_letters
+from pipelines.delta_source import open_log
 from pipelines.stream import StreamPlan, StreamReport, run
 from pipelines.worker import stop_requested
 from tests.pipelines.faulty import FailingHandle
@@ -251,7 +252,7 @@ def test_a_stream_without_a_backfill_is_refused(plan: StreamPlan) -> None:
 
 def test_a_stream_starts_at_the_cut_of_the_backfill(plan: StreamPlan, checkpoint: Checkpoint) -> None:
     events_in_log(plan, 100)
-    backfill = Backfill(epoch=1, cut={0: 5, 1: 6}, users=0, events=0, log=str(plan.log_path))
+    backfill = Backfill(epoch=1, cut={0: 5, 1: 6}, users=0, events=0, log="log", log_id=open_log(plan.log_path).log_id)
     plan.store.open().record_backfill(checkpoint.checkpoint_id, backfill)
 
     assert run(replace(plan, start="resume")).records_read == 100 - 6 - 7
