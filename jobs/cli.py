@@ -187,11 +187,9 @@ def backfill(
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
 
-    opened = open_checkpoint(checkpoint)
+    opened, until = open_checkpoint(checkpoint), None if cut is None else _offsets("--cut", cut)
     register(open_repo(state), opened.checkpoint_id)
-    done = run(
-        open_spark(master), opened, log, StoreHandle(state=state), None if cut is None else _offsets("--cut", cut)
-    )
+    done = run(open_spark(master), opened, log, StoreHandle(state=state), until)
     out.print(
         f"{done.users:,} rows with {done.events:,} events, complete up to {done.cut}, revision {done.revision}; "
         f"{done.newer:,} were there already, as new or newer"
@@ -303,15 +301,18 @@ def main() -> None:
         sys.exit(shown.exit_code if foreseen else 1)
 
 
-def _pairs(texts: list[str]) -> dict[str, str]:
+def _pairs(texts: list[str], shape: str = "--column: FIELD=EXPRESSION") -> dict[str, str]:
     pairs = [text.partition("=") for text in texts]
     if bad := [text for text, (key, equals, value) in zip(texts, pairs, strict=True) if not (key and equals and value)]:
-        raise InputError(f"{bad[0]!r} is not FIELD=EXPRESSION")
+        raise InputError(f"{bad[0]!r} is not as in {shape}")
     return {key: value for key, _, value in pairs}
 
 
 def _offsets(option: str, text: str) -> dict[int, int]:
-    return {_integer(option, p): _integer(option, o) for p, o in _pairs(text.split(",")).items()}
+    return {
+        _integer(option, p): _integer(option, o)
+        for p, o in _pairs(text.split(","), f"{option}: PARTITION=OFFSET,...").items()
+    }
 
 
 def _integer(option: str, text: str) -> int:

@@ -209,7 +209,6 @@ def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             event_time_ms=good.time_ms_N,
             weight=good.weight_N.astype(np.float64),
             value=[values[i] for i in good.offset_N],
-            source=sources.take(pa.array(good.offset_N)),
         )
         if rejects:
             yield _checked(
@@ -243,6 +242,8 @@ def _mark_repeats(checked: DataFrame) -> DataFrame:
 
 def _quarantine(spark: SparkSession, bad: DataFrame, path: Path) -> None:
     """Append the bad rows that the table does not hold yet."""
+    # Good rows do not carry their source, which is most of the bytes; of a repeated event its own are kept.
+    bad = bad.withColumn("source", F.coalesce("source", F.col("value").cast("string")))
     bad = bad.select("reason", "detail", "source", F.sha2(F.concat_ws("|", "reason", "source"), 256).alias("digest"))
     bad = bad.dropDuplicates(["digest"])
     if DeltaTable.isDeltaTable(spark, str(path)):

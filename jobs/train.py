@@ -51,11 +51,17 @@ def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, proc
     pinned = work / f"pinned-{_digest([job, str(out)])}.json"
     job = _pin(spark, job, pinned)
     facts = _training_facts(job, log_facts(spark, Path(job.log) / "events"))
-    if finished := _already(out, facts):
-        return finished
     # The number of processes decides the batches, and so the result.
     work = work / f"{job.model}-{_digest([facts, processes])}"
-    plan, vocabulary = _prepare(spark, job, work)
+    try:
+        if finished := _already(out, facts):
+            pinned.unlink()
+            return finished
+        plan, vocabulary = _prepare(spark, job, work)
+    except InputError:
+        # Nothing was begun: the next run is to look at the log anew.
+        pinned.unlink()
+        raise
     _distribute(plan, processes)
     manifest = Manifest(
         model=job.model,

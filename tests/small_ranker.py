@@ -18,9 +18,9 @@ ACTIONS = [OTHER_ACTION, "purchase", "view"]
 HALF_LIVES: list[list[float | None]] = [[float(HOUR_MS)], [24.0 * HOUR_MS], [168.0 * HOUR_MS], [None]]
 
 
-def scoring_checkpoint(path: Path) -> Checkpoint:
+def scoring_checkpoint(path: Path, seed: int = 5) -> Checkpoint:
     """Items i1 to i40 of four categories; random parameters, so every part of a score counts."""
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     shape = Shape(sizes=SIZES, half_life_ms=HALF_LIVES, actions=len(ACTIONS), field_rows=[ITEMS + 1, CATEGORIES + 1])
     history = VqlHistory(shape)
     ranker = Ranker(shape, torch.from_numpy(feature_table()), history).eval()

@@ -226,13 +226,13 @@ def test_after_a_kill_the_same_command_completes_the_rows(spark, tmp_path: Path)
 
 
 def rows_in(state: Path) -> int:
-    """Rows committed in the store of another process, as soon as it has made its file."""
-    for file in state.glob("*.db"):
-        connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
-        try:
-            return connection.execute("SELECT count(*) FROM rows").fetchone()[0]
-        except sqlite3.DatabaseError:
-            return 0
-        finally:
-            connection.close()
-    return 0
+    """Rows committed in the store of another process; none until that has made its tables."""
+    if not (state / "online.db").exists():
+        return 0
+    connection = sqlite3.connect(f"file:{state / 'online.db'}?mode=ro", uri=True)
+    try:
+        return connection.execute("SELECT count(*) FROM rows").fetchone()[0]
+    except sqlite3.OperationalError:
+        return 0
+    finally:
+        connection.close()

@@ -1,0 +1,341 @@
+"""The command line teaches, does what it says, and says in one line what it cannot do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from feature_repo.handle import StoreHandle
+from feature_repo.store import row_put
+from jobs.cli import main
+from models.checkpoint import Checkpoint, open_checkpoint
+from models.event import Event
+from models.row import Row, advance, new_row
+from models.wire import Stamp
+from tests.jobs.tiny import TRAIN_OPTIONS, Shop, items, purchases, write_rows
+from tests.models.test_files import MOUNT_REFUSED, SMALL_DISK
+from tests.pipelines.small_log import append_all, by_partition, new_log, recent_of
+from tests.small import random_events, small_checkpoint
+from tests.small_ranker import scoring_checkpoint
+
+# What each command's help must name, and what its user has to know first.
+COMMANDS = {
+    "ingest": ["--input", "--log", "--format", "--column", "--where", "--partitions", "quarantine", "Example"],
+    "ingest-items": ["--input", "--log", "--column", "item_id"],
+    "train": ["--log", "--checkpoint", "--work", "--half-life", "--field", "--epochs", "--seed", "kill"],
+    "encode-items": ["--checkpoint", "--log"],
+    "backfill": ["--checkpoint", "--log", "--state", "--cut", "stream"],
+    "stream": ["--checkpoint", "--log", "--state", "--until", "--from", "--partitions", "--runner"],
+    "rank": ["--candidates", "--checkpoint", "--state", "--now-ms", "USER"],
+    "setup": ["Java", "jars"],
+    "demo": ["--folder", "report"],
+}
+HEAVY = ("pyspark", "torch", "apache_beam", "feast", "pandas", "pyarrow", "matplotlib")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def vql(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`vql` in this process: exit code and what it printed. Spark commands use the session of the tests."""
+    monkeypatch.setenv("COLUMNS", "200")
+    # Set, and so put back after the test: --debug sets VQL_DEBUG, and a command may set VQL_STATE.
+    for name in ("VQL_DEBUG", "VQL_STATE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["vql", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        printed = capsys.readouterr()
+        return Said(code=code, out=printed.out, err=printed.err)
+
+    return run
+
+
+def assert_one_line(said: Said, code: int, *words: str) -> None:
+    assert said.code == code, said
+    assert said.err.count("\n") == 1, said.err
+    assert said.err.startswith("vql: ")
+    assert "Traceback" not in said.err
+    for word in words:
+        assert word in said.err
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    return scoring_checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    (tmp_path / "state").mkdir()
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """A log of 300 events."""
+    new_log(tmp_path / "log" / "events")
+    append_all(tmp_path / "log" / "events", by_partition(random_events(300)))
+    return tmp_path / "log"
+
+
+def row_of(checkpoint: Checkpoint, events: list[Event]) -> Row:
+    position = Stamp(epoch=1, partition=1, offset=-1)
+    recent = recent_of(checkpoint, events, range(len(events)))
+    return advance(new_row(checkpoint.spec, 1, 1), recent, position, checkpoint.fold())[0]
+
+
+def put_row(state: Path, checkpoint_id: str, row: Row) -> None:
+    assert StoreHandle(state=state).open().put_rows(checkpoint_id, [row_put("u0", row, None)]) == [True]
+
+
+def test_help_names_every_command_in_the_order_of_an_events_way(vql) -> None:
+    said = vql("--help")
+    assert said.code == 0
+    assert all(command in said.out for command in COMMANDS)
+    assert said.out.index("ingest") < said.out.index("train") < said.out.index("backfill") < said.out.index("stream")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_teaches_its_options(vql, command: str) -> None:
+    said = vql(command, "--help")
+    assert said.code == 0
+    assert [word for word in COMMANDS[command] if word not in said.out] == []
+
+
+def test_help_needs_no_heavy_library() -> None:
+    program = f"""
+import sys
+from jobs.cli import main
+sys.argv = ["vql", "train", "--help"]
+try:
+    main()
+except SystemExit:
+    print("LOADED", [name for name in {HEAVY} if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("LOADED []")
+
+
+def test_the_version_is_the_packages(vql) -> None:
+    assert vql("--version") == Said(code=0, out=importlib.metadata.version("vql-cache") + "\n", err="")
+
+
+def test_a_folder_that_is_no_checkpoint_is_named(vql, tmp_path: Path, state: Path) -> None:
+    said = vql("rank", "u0", "--candidates", "i1", "--checkpoint", tmp_path, "--state", state)
+    assert_one_line(said, 3, "CheckpointError", f"{tmp_path} is no checkpoint", "vql train makes one")
+
+
+def test_a_damaged_checkpoint_is_named(vql, checkpoint: Checkpoint, state: Path) -> None:
+    file = checkpoint.path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    said = vql("rank", "u0", "--candidates", "i1", "--checkpoint", checkpoint.path, "--state", state)
+    assert_one_line(said, 3, "CheckpointError", str(file), "restore it or train again")
+
+
+def test_a_user_without_a_row_is_named(vql, checkpoint: Checkpoint, state: Path) -> None:
+    said = vql("rank", "nobody", "--candidates", "i1", "--checkpoint", checkpoint.path, "--state", state)
+    assert_one_line(said, 2, "InputError", "user 'nobody' has no row")
+
+
+def test_rank_shows_a_table_best_first(vql, checkpoint: Checkpoint, state: Path) -> None:
+    put_row(state, checkpoint.checkpoint_id, row_of(checkpoint, random_events(20, users=1)))
+    said = vql("rank", "u0", "--candidates", "i1,i2,[b]odd", "--checkpoint", checkpoint.path, "--state", state)
+    assert (said.code, said.err) == (0, "")
+    assert "user u0: 20 events, stamp 1:1:19.0" in said.out
+    # Ids are data, not markup.
+    (odd,) = [line for line in said.out.splitlines() if "odd" in line]
+    assert "[b]odd" in odd
+    assert "unknown item" in odd
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "words"),
+    [("damaged", 4, "WireError"), ("foreign", 3, "ForeignRowError")],
+)
+def test_a_row_that_cannot_be_used_is_named(
+    vql, checkpoint: Checkpoint, state: Path, tmp_path: Path, what: str, code: int, words: str
+) -> None:
+    if what == "foreign":
+        put_row(state, checkpoint.checkpoint_id, row_of(small_checkpoint(tmp_path / "other"), random_events(20)))
+    else:
+        good = row_put("u0", row_of(checkpoint, random_events(20)), None)
+        bad = type(good)(
+            user_id="u0",
+            stamp=good.stamp,
+            recent=good.recent[:-1] + b"?",
+            folded_stamp=good.folded_stamp,
+            folded=good.folded,
+        )
+        StoreHandle(state=state).open().put_rows(checkpoint.checkpoint_id, [bad])
+    said = vql("rank", "u0", "--candidates", "i1", "--checkpoint", checkpoint.path, "--state", state)
+    assert_one_line(said, code, words, f"the row of user 'u0' in {state} is {what}")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (["--from", "newest"], "--from: 'newest' is none of resume, earliest, latest"),
+        (["--until", "tomorrow"], "--until: 'tomorrow' is none of end, forever"),
+        (["--partitions", "0,two"], "--partitions: 'two' is not a whole number"),
+        (["--partitions", "0,7", "--from", "earliest"], "partitions [7] are not in log"),
+    ],
+)
+@pytest.mark.beam
+def test_an_option_of_the_stream_that_makes_no_sense_is_named(
+    vql, checkpoint: Checkpoint, state: Path, log: Path, option: list[str], words: str
+) -> None:
+    said = vql("stream", "--checkpoint", checkpoint.path, "--state", state, "--log", log, *option)
+    assert_one_line(said, 2, "InputError", words)
+
+
+def test_options_that_the_parser_refuses_exit_with_2(vql, tmp_path: Path) -> None:
+    assert "Missing option" in vql("rank", "u0").err
+    assert vql("ingest", "--input", "x", "--log", tmp_path, "--partitions", 0).code == 2
+    assert vql("conquer").code == 2
+
+
+@pytest.mark.beam
+def test_a_store_that_was_never_backfilled_stops_the_stream(
+    vql, checkpoint: Checkpoint, state: Path, log: Path
+) -> None:
+    said = vql("stream", "--checkpoint", checkpoint.path, "--state", state, "--log", log, "--until", "end")
+    assert_one_line(said, 5, "StoreError", "were never backfilled; run vql backfill")
+
+
+@pytest.mark.beam
+def test_a_foreign_row_stops_the_stream(vql, checkpoint: Checkpoint, state: Path, log: Path, tmp_path: Path) -> None:
+    put_row(state, checkpoint.checkpoint_id, row_of(small_checkpoint(tmp_path / "other"), random_events(20)))
+    options = ["--from", "earliest", "--until", "end"]
+    said = vql("stream", "--checkpoint", checkpoint.path, "--state", state, "--log", log, *options)
+    assert said.code == 3, said
+    assert "ForeignRowError" in said.err.splitlines()[-1]
+    assert "Traceback" not in said.err
+
+
+@pytest.mark.beam
+def test_the_stream_says_what_it_folded(vql, checkpoint: Checkpoint, state: Path, log: Path) -> None:
+    options = ["--checkpoint", checkpoint.path, "--state", state, "--log", log, "--until", "end"]
+    assert "300 events folded" in vql("stream", *options, "--from", "earliest").out
+    said = vql("stream", *options)
+    assert said.code == 0
+    assert "0 events folded" in said.out
+
+
+def test_debug_shows_the_stack(vql, tmp_path: Path, state: Path) -> None:
+    command = ["rank", "u0", "--candidates", "i1", "--checkpoint", tmp_path, "--state", state]
+    with pytest.raises(Exception, match="is no checkpoint") as error:
+        vql("--debug", *command)
+    assert len(error.traceback) > 5
+    done = subprocess.run(
+        [sys.executable, "-m", "jobs.cli", "--debug", *map(str, command)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+
+
+@pytest.mark.spark
+def test_the_way_of_an_event_by_commands(vql, spark, shop: Shop, own_shop: Shop, tmp_path: Path) -> None:
+    """Ingest to rank; the training is the shop's, which the same job finds done."""
+    rows = write_rows(tmp_path / "rows.parquet", purchases())
+    said = vql("ingest", "--input", rows, "--log", own_shop.log)
+    assert "720 rows read: 0 events appended, 720 already in the log, 0 quarantined" in said.out
+    products = write_rows(tmp_path / "products.parquet", items())
+    said = vql("ingest-items", "--input", products, "--log", own_shop.log, "--column", "category=category")
+    assert "24 items" in said.out
+    work = tmp_path / "work"
+    said = vql("train", "--log", shop.log, "--checkpoint", own_shop.checkpoint, "--work", work, *TRAIN_OPTIONS)
+    assert f"checkpoint {open_checkpoint(shop.checkpoint).checkpoint_id} in {own_shop.checkpoint}" in said.out
+    said = vql("encode-items", "--checkpoint", own_shop.checkpoint, "--log", own_shop.log)
+    assert "0 items added; the table holds 25" in said.out
+    state = ["--state", tmp_path / "state"]
+    said = vql("backfill", "--checkpoint", own_shop.checkpoint, "--log", own_shop.log, *state, "--cut", "0=383,1=335")
+    assert "30 rows with 720 events, complete up to {0: 383, 1: 335}" in said.out
+    said = vql("rank", "u3", "--candidates", "i0,i1", "--checkpoint", own_shop.checkpoint, *state)
+    assert said.code == 0
+    assert "user u3: 24 events" in said.out
+
+
+@pytest.mark.spark
+def test_what_a_job_cannot_do_is_said_in_one_line(vql, spark, own_shop: Shop, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.parquet", purchases(range(1)))
+    log = ["--log", tmp_path / "log"]
+    said = vql("ingest", "--input", tmp_path / "nowhere.csv", *log, "--format", "csv")
+    assert_one_line(said, 2, "InputError", "nowhere.csv does not exist")
+    said = vql("ingest", "--input", rows, *log, "--column", "user_id=purchaser")
+    assert_one_line(said, 2, "InputError", "`purchaser` cannot be resolved")
+    said = vql("ingest", "--input", rows, *log, "--column", "user_id")
+    assert_one_line(said, 2, "InputError", "'user_id' is not FIELD=EXPRESSION")
+    (tmp_path / "text.parquet").write_text("user_id,item_id\nu1,i1\n")
+    assert_one_line(vql("ingest", "--input", tmp_path / "text.parquet", *log), 2, "InputError", "is --format right?")
+    said = vql("encode-items", "--checkpoint", own_shop.checkpoint, *log)
+    assert_one_line(said, 2, "InputError", "events is not a Delta table", "run: vql ingest")
+    backfill = ["backfill", "--checkpoint", own_shop.checkpoint, "--log", own_shop.log, "--state", tmp_path / "state"]
+    assert_one_line(vql(*backfill, "--cut", "0=9999"), 2, "InputError", "the cut {0: 9999} lies beyond the log")
+    assert_one_line(vql(*backfill, "--cut", "0=x"), 2, "InputError", "'x' is not a whole number")
+
+
+@pytest.mark.spark
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--half-life", "soon"], "half-life 'soon'"),
+        (["--groups", "3"], "heads 4 do not divide into 3 groups"),
+        (["--groups", "4", "--codewords", "70000"], "4 x 70000 codewords do not fit in 16 bits"),
+        (["--model", "bert"], "model 'bert' is none of vql"),
+        ([], "events is not a Delta table"),
+    ],
+)
+def test_a_training_that_cannot_be_is_said_in_one_line(vql, spark, tmp_path: Path, options: list, words: str) -> None:
+    folders = ["--log", tmp_path / "log", "--checkpoint", tmp_path / "out", "--work", tmp_path / "work"]
+    assert_one_line(vql("train", *folders, *options), 2, "InputError", words)
+
+
+def test_a_machine_without_java_is_told_what_to_install(vql, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    said = vql("ingest", "--input", tmp_path / "x.parquet", "--log", tmp_path / "log")
+    assert_one_line(said, 6, "MachineError", "Java 17 or newer is needed")
+    assert vql("setup").code == 6
+
+
+@pytest.mark.spark
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="a small disk needs Linux user namespaces")
+def test_a_full_disk_ends_an_ingest_with_one_line(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.parquet", purchases(range(3), users=200))
+    (tmp_path / "disk").mkdir()
+    program = f"""
+import sys
+from jobs.cli import main
+sys.argv = ["vql", "ingest", "--input", {str(rows)!r}, "--log", sys.argv[1] + "/log"]
+main()
+"""
+    command = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", str(tmp_path / "disk"), sys.executable, program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ), check=False)
+    if done.returncode == MOUNT_REFUSED or "unshare" in done.stderr:
+        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+    said = [line for line in done.stderr.splitlines() if not line.startswith("WARNING: Using incubator modules")]
+    assert done.returncode == 6, done.stderr
+    assert len(said) == 1, done.stderr
+    assert "MachineError" in said[0]
+    assert "no space left" in said[0]
