@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from models.errors import InputError, VqlError
 from models.files import disk_error
@@ -258,13 +259,14 @@ def rank(
     from jobs.rank import rank_user
 
     ranked = rank_user(user, [c for c in candidates.split(",") if c], checkpoint, state, now_ms)
-    table = Table(title=f"user {user}: {ranked.events:,} events, stamp {ranked.stamp}")
+    # Text, because ids may hold what the console takes for markup.
+    table = Table(title=Text(f"user {user}: {ranked.events:,} events, stamp {ranked.stamp}"))
     table.add_column("#", justify="right")
     table.add_column("item")
     table.add_column("score", justify="right")
     table.add_column("")
     for place, (item, score, known) in enumerate(ranked.candidates, 1):
-        table.add_row(str(place), item, f"{score:+.4f}", "" if known else "unknown item")
+        table.add_row(str(place), Text(item), f"{score:+.4f}", "" if known else "unknown item")
     out.print(table)
 
 

@@ -187,6 +187,15 @@ def fold(cache: Cache, events: EncodedEvents) -> Cache:
     return _build(spec, (reference_ms, cache.count + len(events)), code_N, net_N, moment_NPRS)
 
 
+def log_mass(cache: Cache, now_ms: int) -> Float64[np.ndarray, "N P R"]:
+    """log m_j exp(-lambda (now - T)), float64; -inf where no positive mass is left. For tests and small tools."""
+    group_N = cache.code_N.astype(np.int64) // cache.spec.codewords
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_NPR = np.log(cache.mass_NPR.astype(np.float64))
+    log_NPR[~(cache.mass_NPR > 0)] = -np.inf
+    return log_NPR - cache.spec.rate_GPR[group_N] * float(now_ms - cache.reference_ms)
+
+
 def _moments(spec: CacheSpec, n: int) -> Float64[np.ndarray, "N P R S"]:
     return np.zeros((n, spec.heads // spec.groups, spec.rates, 1 + spec.value_width))
 

@@ -21,14 +21,20 @@ class DinHistory(nn.Module):
         super().__init__()
         width = shape.sizes.width
         self.action = nn.Embedding(shape.actions, width)
-        self.unit = nn.Sequential(nn.Linear(4 * width, 36), nn.PReLU(), nn.Linear(36, 1))
+        self.pair = nn.Linear(4 * width, 36)
+        self.unit = nn.Sequential(nn.PReLU(), nn.Linear(36, 1))
         self.value = nn.Linear(width, shape.sizes.heads * shape.sizes.value_width, bias=False)
 
     def forward(self, candidate_BCd, encoder, request):
         newest = request.history.newest(WINDOW)
         event_BLd = encoder(newest.item_BL) + self.action(newest.action_BL)
-        target = candidate_BCd[:, :, None, :].expand(-1, -1, event_BLd.shape[1], -1)
-        event = event_BLd[:, None, :, :].expand_as(target)
-        weight_BCL = self.unit(torch.cat([target, event, target * event, target - event], dim=-1))[..., 0]
-        weight_BCL = weight_BCL * newest.weight_BL[:, None, :]
+        weight_BCL = self.unit(self._pairs(candidate_BCd, event_BLd))[..., 0] * newest.weight_BL[:, None, :]
         return torch.einsum("bcl,blv->bcv", weight_BCL, self.value(event_BLd)), candidate_BCd.new_zeros(())
+
+    def _pairs(self, candidate_BCd: torch.Tensor, event_BLd: torch.Tensor) -> torch.Tensor:
+        """self.pair of (candidate, event, candidate * event, candidate - event), a part at a time: less to multiply."""
+        target, event, product, difference = self.pair.weight.chunk(4, dim=1)
+        alone_BCh = candidate_BCd @ (target + difference).T + self.pair.bias
+        alone_BLh = event_BLd @ (event - difference).T
+        joint_BCLh = (candidate_BCd[:, :, None, :] * event_BLd[:, None, :, :]) @ product.T
+        return alone_BCh[:, :, None, :] + alone_BLh[:, None, :, :] + joint_BCLh

@@ -17,6 +17,6 @@ def test_din_is_the_formula_of_its_paper(tmp_path):
         total = torch.zeros(seen.shape[-1])
         for item, action in zip(one.item_L[-WINDOW:], one.action_L[-WINDOW:], strict=True):
             event = encoder(torch.tensor(int(item))) + din.action.weight[int(action)]
-            weight = din.unit(torch.cat([target, event, target * event, target - event]))[0]
+            weight = din.unit(din.pair(torch.cat([target, event, target * event, target - event])))[0]
             total += weight * din.value(event)
         torch.testing.assert_close(seen[0, c], total, atol=1e-5, rtol=1e-5)
