@@ -279,7 +279,7 @@ def test_the_way_of_an_event_by_commands(vql, spark, shop: Shop, own_shop: Shop,
 @pytest.mark.spark
 def test_what_a_job_cannot_do_is_said_in_one_line(vql, spark, own_shop: Shop, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.parquet", purchases(range(1)))
-    log = ["--log", tmp_path / "log"]
+    log = ["--log", tmp_path / "another"]
     said = vql("ingest", "--input", tmp_path / "nowhere.csv", *log, "--format", "csv")
     assert_one_line(said, 2, "InputError", "nowhere.csv does not exist")
     said = vql("ingest", "--input", rows, *log, "--column", "user_id=purchaser")

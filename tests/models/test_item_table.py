@@ -99,7 +99,7 @@ def test_an_index_that_is_not_utf8_is_named(checkpoint):
 
 def test_a_missing_segment_is_named(checkpoint):
     (checkpoint.items_path / FIRST).unlink()
-    with pytest.raises(CheckpointError, match=f"{FIRST} is missing; run: vql encode-items --rebuild"):
+    with pytest.raises(CheckpointError, match=f"{FIRST} is missing; restore it from a copy"):
         load(checkpoint)
 
 
