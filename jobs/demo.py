@@ -147,7 +147,7 @@ def _train(demo: Demo) -> dict[str, Checkpoint]:
                 log=str(demo.log),
                 fields=FIELDS,
                 model=model,
-                examples=ExamplePlan(per_user=8),
+                examples=ExamplePlan(per_user=10),
                 length=1 if model == "no_history" else 50 if model == "din_50" else 512,
             )
             made[model] = run_training(demo.spark, job, demo.folder / "work", demo.checkpoint_path(model))
