@@ -23,6 +23,7 @@ from pipelines.kafka_settings import KafkaSettings
 from pipelines.positions import known_positions
 
 WATCH_INTERVAL_S = 1.0
+_LEADERLESS = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE)
 Start = Literal["resume", "earliest", "latest"] | Mapping[int, int]
 
 
@@ -231,10 +232,20 @@ class _Asked:
             ) from error
 
     def offsets(self, name: str, partitions: list[int], which: OffsetSpec) -> dict[int, int]:
-        futures = self.admin.list_offsets(
-            {TopicPartition(name, partition): which for partition in partitions},
-            isolation_level=IsolationLevel.READ_COMMITTED,
-            request_timeout=self._kafka.timeout_s,
-        )
-        found = {asked.partition: self.answer(future).offset for asked, future in futures.items()}
-        return dict(sorted(found.items()))
+        deadline_s = time.monotonic() + self._kafka.timeout_s
+        while True:
+            futures = self.admin.list_offsets(
+                {TopicPartition(name, partition): which for partition in partitions},
+                isolation_level=IsolationLevel.READ_COMMITTED,
+                request_timeout=self._kafka.timeout_s,
+            )
+            try:
+                found = {asked.partition: self.answer(future).offset for asked, future in futures.items()}
+                return dict(sorted(found.items()))
+            except InputError as error:
+                # A partition that is between two leaders has one again in a moment.
+                cause = error.__cause__
+                leaderless = isinstance(cause, KafkaException) and cause.args[0].code() in _LEADERLESS
+                if not leaderless or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.1)

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from confluent_kafka import KafkaError, KafkaException, Message, Producer
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from jobs.jars import kafka_jars, require_java
 
@@ -69,7 +69,22 @@ class Broker:
         new = NewTopic(name, partitions, 1, config={"retention.ms": "-1"} | config)
         admin = self.admin()
         admin.create_topics([new])[name].result(START_WAIT_S)
+        self._wait_until_led(admin, name, partitions)
         return name
+
+    def _wait_until_led(self, admin: AdminClient, name: str, partitions: int) -> None:
+        """The broker says that a topic is made before every partition has its leader."""
+        asked = {TopicPartition(name, p): OffsetSpec.latest() for p in range(partitions)}
+        deadline_s = time.monotonic() + START_WAIT_S
+        while True:
+            try:
+                for answer in admin.list_offsets(asked, request_timeout=START_WAIT_S).values():
+                    answer.result(START_WAIT_S)
+                return
+            except KafkaException:
+                if time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.05)
 
     def delete_topic(self, name: str) -> None:
         admin = self.admin()

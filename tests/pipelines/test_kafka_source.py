@@ -423,7 +423,7 @@ def test_a_killed_stream_goes_on_where_its_rows_are(broker: Broker, plan: Stream
     events = random_events(1500, users=30)
     places = produce(broker, plan, events)
     process = _start(replace(plan, batch_size=10, bundle_s=0.05))
-    _wait(lambda: _committed(plan, checkpoint) >= 1, process)
+    _wait(lambda: len(rows_of(plan).positions(checkpoint.checkpoint_id)) == 2, process)
     process.kill()
     process.wait()
 
