@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from jobs.cli import main
+from tests.jobs.commands import Said
 from tests.jobs.tiny import Shop, items, purchases, take, tiny_job, write_rows
 
 
@@ -33,3 +36,26 @@ def own_shop(shop: Shop, tmp_path: Path) -> Shop:
     shutil.copytree(shop.log, tmp_path / "log")
     shutil.copytree(shop.checkpoint, tmp_path / "checkpoint")
     return Shop(log=tmp_path / "log", checkpoint=tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def vql(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`vql` in this process: exit code and what it printed. Spark commands use the session of the tests."""
+    monkeypatch.setenv("COLUMNS", "200")
+    # Set, and so put back after the test: --debug sets VQL_DEBUG, and a command may set VQL_STATE.
+    for name in ("VQL_DEBUG", "VQL_STATE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+    def run(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["vql", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        printed = capsys.readouterr()
+        return Said(code=code, out=printed.out, err=printed.err)
+
+    return run

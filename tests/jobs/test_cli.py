@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from feature_repo.handle import StoreHandle
 from feature_repo.store import row_put
-from jobs.cli import main
-from models.checkpoint import Checkpoint, open_checkpoint
+from models.checkpoint import Checkpoint
 from models.event import Event
 from models.row import Row, advance, new_row
 from models.wire import Stamp
-from tests.jobs.tiny import TRAIN_OPTIONS, Shop, items, purchases, write_rows
-from tests.models.test_files import MOUNT_REFUSED, SMALL_DISK
+from tests.jobs.commands import Said, assert_one_line
 from tests.pipelines.small_log import append_all, by_partition, new_log, recent_of
 from tests.small import random_events, small_checkpoint
 from tests.small_ranker import scoring_checkpoint
@@ -38,45 +34,6 @@ COMMANDS = {
     "demo": ["--folder", "report"],
 }
 HEAVY = ("pyspark", "torch", "apache_beam", "feast", "pandas", "pyarrow", "matplotlib")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Said:
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def vql(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """`vql` in this process: exit code and what it printed. Spark commands use the session of the tests."""
-    monkeypatch.setenv("COLUMNS", "200")
-    # Set, and so put back after the test: --debug sets VQL_DEBUG, and a command may set VQL_STATE.
-    for name in ("VQL_DEBUG", "VQL_STATE"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-    def run(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["vql", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        printed = capsys.readouterr()
-        return Said(code=code, out=printed.out, err=printed.err)
-
-    return run
-
-
-def assert_one_line(said: Said, code: int, *words: str) -> None:
-    assert said.code == code, said
-    assert said.err.count("\n") == 1, said.err
-    assert said.err.startswith("vql: ")
-    assert "Traceback" not in said.err
-    for word in words:
-        assert word in said.err
 
 
 @pytest.fixture
@@ -180,13 +137,7 @@ def test_a_row_that_cannot_be_used_is_named(
         put_row(state, checkpoint.checkpoint_id, row_of(small_checkpoint(tmp_path / "other"), random_events(20)))
     else:
         good = row_put("u0", row_of(checkpoint, random_events(20)), None)
-        bad = type(good)(
-            user_id="u0",
-            stamp=good.stamp,
-            recent=good.recent[:-1] + b"?",
-            folded_stamp=good.folded_stamp,
-            folded=good.folded,
-        )
+        bad = replace(good, recent=good.recent[:-1] + b"?")
         StoreHandle(state=state).open().put_rows(checkpoint.checkpoint_id, [bad])
     said = vql("rank", "u0", "--candidates", "i1", "--checkpoint", checkpoint.path, "--state", state)
     assert_one_line(said, code, words, f"the row of user 'u0' in {state} is {what}")
@@ -254,89 +205,9 @@ def test_debug_shows_the_stack(vql, tmp_path: Path, state: Path) -> None:
     assert "Traceback (most recent call last)" in done.stderr
 
 
-@pytest.mark.spark
-def test_the_way_of_an_event_by_commands(vql, spark, shop: Shop, own_shop: Shop, tmp_path: Path) -> None:
-    """Ingest to rank; the training is the shop's, which the same job finds done."""
-    rows = write_rows(tmp_path / "rows.parquet", purchases())
-    said = vql("ingest", "--input", rows, "--log", own_shop.log)
-    assert "720 rows read: 0 events appended, 720 already in the log, 0 quarantined" in said.out
-    products = write_rows(tmp_path / "products.parquet", items())
-    said = vql("ingest-items", "--input", products, "--log", own_shop.log, "--column", "category=category")
-    assert "24 items" in said.out
-    work = tmp_path / "work"
-    said = vql("train", "--log", shop.log, "--checkpoint", own_shop.checkpoint, "--work", work, *TRAIN_OPTIONS)
-    assert f"checkpoint {open_checkpoint(shop.checkpoint).checkpoint_id} in {own_shop.checkpoint}" in said.out
-    said = vql("encode-items", "--checkpoint", own_shop.checkpoint, "--log", own_shop.log)
-    assert "0 items added; the table holds 25" in said.out
-    state = ["--state", tmp_path / "state"]
-    said = vql("backfill", "--checkpoint", own_shop.checkpoint, "--log", own_shop.log, *state, "--cut", "0=383,1=335")
-    assert "30 rows with 720 events, complete up to {0: 383, 1: 335}" in said.out
-    said = vql("rank", "u3", "--candidates", "i0,i1", "--checkpoint", own_shop.checkpoint, *state)
-    assert said.code == 0
-    assert "user u3: 24 events" in said.out
-
-
-@pytest.mark.spark
-def test_what_a_job_cannot_do_is_said_in_one_line(vql, spark, own_shop: Shop, tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.parquet", purchases(range(1)))
-    log = ["--log", tmp_path / "another"]
-    said = vql("ingest", "--input", tmp_path / "nowhere.csv", *log, "--format", "csv")
-    assert_one_line(said, 2, "InputError", "nowhere.csv does not exist")
-    said = vql("ingest", "--input", rows, *log, "--column", "user_id=purchaser")
-    assert_one_line(said, 2, "InputError", "`purchaser` cannot be resolved")
-    said = vql("ingest", "--input", rows, *log, "--column", "user_id")
-    assert_one_line(said, 2, "InputError", "'user_id' is not", "FIELD=EXPRESSION")
-    (tmp_path / "text.parquet").write_text("user_id,item_id\nu1,i1\n")
-    assert_one_line(vql("ingest", "--input", tmp_path / "text.parquet", *log), 2, "InputError", "is --format right?")
-    said = vql("encode-items", "--checkpoint", own_shop.checkpoint, *log)
-    assert_one_line(said, 2, "InputError", "events is not a Delta table", "run: vql ingest")
-    backfill = ["backfill", "--checkpoint", own_shop.checkpoint, "--log", own_shop.log, "--state", tmp_path / "state"]
-    assert_one_line(vql(*backfill, "--cut", "0=9999"), 2, "InputError", "the cut {0: 9999} lies beyond the log")
-    assert_one_line(vql(*backfill, "--cut", "0=x"), 2, "InputError", "'x' is not a whole number")
-
-
-@pytest.mark.spark
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--half-life", "soon"], "half-life 'soon'"),
-        (["--groups", "3"], "heads 4 do not divide into 3 groups"),
-        (["--groups", "4", "--codewords", "70000"], "4 x 70000 codewords do not fit in 16 bits"),
-        (["--model", "bert"], "model 'bert' is none of vql"),
-        ([], "events is not a Delta table"),
-    ],
-)
-def test_a_training_that_cannot_be_is_said_in_one_line(vql, spark, tmp_path: Path, options: list, words: str) -> None:
-    folders = ["--log", tmp_path / "log", "--checkpoint", tmp_path / "out", "--work", tmp_path / "work"]
-    assert_one_line(vql("train", *folders, *options), 2, "InputError", words)
-
-
 def test_a_machine_without_java_is_told_what_to_install(vql, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("JAVA_HOME", raising=False)
     said = vql("ingest", "--input", tmp_path / "x.parquet", "--log", tmp_path / "log")
     assert_one_line(said, 6, "MachineError", "Java 17 or newer is needed")
     assert vql("setup").code == 6
-
-
-@pytest.mark.spark
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("unshare") is None, reason="a small disk needs Linux user namespaces")
-def test_a_full_disk_ends_an_ingest_with_one_line(tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "rows.parquet", purchases(range(3), users=200))
-    (tmp_path / "disk").mkdir()
-    program = f"""
-import sys
-from jobs.cli import main
-sys.argv = ["vql", "ingest", "--input", {str(rows)!r}, "--log", sys.argv[1] + "/log"]
-main()
-"""
-    command = ["unshare", "-rm", "sh", "-c", SMALL_DISK, "sh", str(tmp_path / "disk"), sys.executable, program]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ), check=False)
-    if done.returncode == MOUNT_REFUSED or "unshare" in done.stderr:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    said = [line for line in done.stderr.splitlines() if not line.startswith("WARNING: Using incubator modules")]
-    assert done.returncode == 6, done.stderr
-    assert len(said) == 1, done.stderr
-    assert "MachineError" in said[0]
-    assert "no space left" in said[0]

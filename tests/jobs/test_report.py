@@ -21,7 +21,8 @@ CONTRACT = {
     "stream": {"events_per_s", "seconds"},
     "row_bytes": {"p50", "p99", "max"},
 }
-PLOTS = 5
+PLOTS = 6
+STAGE_S = {"ingest": 3.0, "train vql": 60.0, "backfill": 2.0, "stream": 4.0, "redeliver": 2.0}
 
 
 def scores(noise: float, seed: int = 0) -> Scores:
@@ -38,7 +39,7 @@ def evidence(**changes) -> Evidence:
         arrived=IngestReport(read=100, appended=97, already=0, quarantined=3),
         streamed=StreamFacts(events_folded=97, events_skipped=2, dead_letters=1, seconds=4.0),
         redelivered=StreamFacts(events_folded=0, events_skipped=1087, dead_letters=0, seconds=2.0),
-        rows=RowParity(users=20, max_abs_error=2e-6, missing=0, row_events=1087, log_events=1087),
+        rows=RowParity(users=20, max_abs_error=2e-6, missing=0, miscounted=0, row_events=1087, log_events=1087),
         scores={
             "vql": vql,
             "vql_raw": replace(vql, logit_N=vql.logit_N + 3e-6),
@@ -50,7 +51,7 @@ def evidence(**changes) -> Evidence:
         row_events_U=np.arange(1, 202),
         usage_GK=np.random.default_rng(0).integers(0, 9, (4, 16)),
         losses={"vql": np.linspace(0.7, 0.3, 60).tolist(), "din_50": [0.5] * 30, "no_history": [0.6]},
-        stage_s={"ingest": 3.0, "train vql": 60.0},
+        stage_s=STAGE_S,
     )
     return replace(whole, **changes)
 
@@ -73,7 +74,7 @@ def test_programs_find_the_figures(folder: Path) -> None:
     assert report["parity"]["count_conservation"] is True
     assert report["stream"] == {"events_per_s": 97 / 4, "seconds": 4.0}
     assert report["row_bytes"] == {"p50": 200.0, "p99": 298.0, "max": 300.0}
-    assert report["stage_seconds"] == {"ingest": 3.0, "train vql": 60.0}
+    assert report["stage_seconds"] == STAGE_S
     assert {"python", "torch", "pyspark", "apache-beam"} <= set(report["versions"])
 
 
@@ -106,7 +107,7 @@ def test_the_page_says_what_the_file_says(folder: Path) -> None:
 
 
 def test_a_lost_event_shows_in_both(tmp_path: Path) -> None:
-    rows = RowParity(users=20, max_abs_error=2e-6, missing=0, row_events=1086, log_events=1087)
+    rows = RowParity(users=20, max_abs_error=2e-6, missing=0, miscounted=1, row_events=1086, log_events=1087)
     assert not write_report(tmp_path, evidence(rows=rows)).parity.count_conservation
     assert ">NO<" in (tmp_path / "report.html").read_text()
 
