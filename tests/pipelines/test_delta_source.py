@@ -9,8 +9,9 @@ from deltalake import DeltaTable
 
 from feature_repo.handle import StoreHandle
 from models.errors import InputError
+from models.event import Records
 from pipelines.delta_source import READ_AHEAD_BATCHES, DeltaReader, DeltaSource, open_log
-from pipelines.records import Ledger, Records, Slice
+from pipelines.records import Ledger, Slice
 from pipelines.worker import forget_opened, stop_requested
 from tests.pipelines.small_log import append, new_log, set_properties
 

@@ -22,7 +22,7 @@ from feature_repo.handle import StoreHandle
 from feature_repo.store import RowStore
 from models.checkpoint import Checkpoint
 from models.errors import InputError, StoreError
-from models.event import Event
+from models.event import Event, Records
 from models.row import Row, advance, new_row
 from models.wire import Stamp
 from pipelines import kafka_source, kafka_topic
@@ -30,7 +30,7 @@ from pipelines.dead_letters import read_dead_letters
 from pipelines.kafka_settings import kafka_settings
 from pipelines.kafka_source import KafkaReader, KafkaSource
 from pipelines.kafka_topic import KafkaLog, open_topic
-from pipelines.records import Ledger, Records, Slice
+from pipelines.records import Ledger, Slice
 from pipelines.stream import StreamPlan, run
 from pipelines.worker import forget_opened, stop_requested
 from tests.kafka_broker import START_WAIT_S, Broker, send
