@@ -132,13 +132,9 @@ def _put(checkpoint_id: str, user_id: str, values: dict[str, Value]) -> RowPut:
     if missing:
         raise InputError(f"user {user_id!r}: features {missing} are missing; a row is written whole")
     folded, recent = (values[name].bytes_val for name in FEATURES)
-    return RowPut(
-        user_id=user_id,
-        stamp=read_header(recent, RECENT_MAGIC, checkpoint_id).stamp,
-        recent=recent,
-        folded_stamp=read_header(folded, FOLDED_MAGIC, checkpoint_id).stamp,
-        folded=folded,
-    )
+    read_header(folded, FOLDED_MAGIC, checkpoint_id)
+    stamp = read_header(recent, RECENT_MAGIC, checkpoint_id).stamp
+    return RowPut(user_id=user_id, stamp=stamp, recent=recent, folded=folded)
 
 
 def _event_time(row: RowBytes) -> datetime:

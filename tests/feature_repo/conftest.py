@@ -6,9 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from feature_repo.store import RowStore
 from models.checkpoint import Checkpoint
 from models.row import Fold
+from tests.feature_repo.subjects import SUBJECTS, Subject
 from tests.small import small_checkpoint
+
+
+@pytest.fixture(params=SUBJECTS)
+def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
+    return request.param(tmp_path)
+
+
+@pytest.fixture
+def store(subject: Subject) -> RowStore:
+    return subject.open()
 
 
 @pytest.fixture(scope="session")

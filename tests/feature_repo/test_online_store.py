@@ -93,7 +93,7 @@ def test_a_damaged_row_is_served_as_it_is_and_does_not_disturb_the_others(regist
     rows = rows_of(registered)
     put_all(rows, checkpoint, stored)
     stamp = stored["u0"].stamp
-    bad = RowPut(user_id="bad", stamp=stamp, recent=b"x", folded_stamp=stamp, folded=b"y")
+    bad = RowPut(user_id="bad", stamp=stamp, recent=b"x", folded=b"y")
     assert rows.put_rows(checkpoint.checkpoint_id, [bad]) == [True]
     (bad_time, bad_values), (_, good_values) = read(registered, checkpoint, ["bad", "u0"])
     assert bad_time == datetime(1970, 1, 1, tzinfo=UTC)
