@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from feature_repo.redis_settings import RedisSettings
+from feature_repo.redis_store import RedisRows
 from feature_repo.sqlite_store import SqliteRows
 from feature_repo.store import RowPut, RowStore
 from models.row import RowBytes
@@ -47,7 +50,20 @@ class SqliteSubject:
         self.clock.now_s += seconds
 
 
-SUBJECTS = [SqliteSubject]
+@dataclass
+class RedisSubject:
+    """How the tests open the store on a server, which keeps its own time."""
+
+    url: str
+
+    def open(self, ttl_s: float | None = None) -> RowStore:
+        return RedisRows(RedisSettings(url=self.url, ttl_s=ttl_s))
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+SUBJECTS = ["sqlite", "redis"]
 
 
 def stamp(offset: int, *, epoch: int = 0, revision: int = 0, partition: int = 0) -> Stamp:
