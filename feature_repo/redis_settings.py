@@ -45,9 +45,7 @@ class RedisSettings(BaseSettings):
             raise ValueError("it must be redis://host:port/database, rediss://... or unix:///path")
         if "@" in parts.netloc or parts.query:
             # Not named in the message: it may be the password.
-            raise ValueError(
-                f"it must have neither a user nor options; use {_PREFIX}USERNAME and {_PREFIX}PASSWORD_FILE"
-            )
+            raise ValueError(f"no user, password or options in it; use {_PREFIX}USERNAME and {_PREFIX}PASSWORD_FILE")
         return url
 
     @model_validator(mode="after")

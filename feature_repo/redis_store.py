@@ -116,7 +116,7 @@ class RedisRows:
         opened.ask([("SREM", CHECKPOINTS, checkpoint_id)])
         return rows
 
-    # The two that follow are what a writer asks before its first put: from then on it must notice a loss.
+    # The next two are what a writer asks first: from then on it must notice a loss.
     def positions(self, checkpoint_id: str) -> dict[int, tuple[int, int]]:
         (stored,) = self._open_to_write().ask([("HGETALL", _positions_key(checkpoint_id))])
         return {int(p): (int(epoch), int(offset)) for p, (epoch, offset) in ((p, v.split()) for p, v in stored.items())}
@@ -206,7 +206,7 @@ class _Opened:
             self._tally = tally
 
     def put(self, checkpoint_id: str, commands: list[tuple[Any, ...]]) -> list[bytes]:
-        """The answers to these puts, counted as one in the tally. Puts take turns: the tally is of acknowledged ones."""
+        """The answers to these puts, which count as one in the tally; they take turns, or it would be ambiguous."""
         with self._writing:
             counted = run_script(TALLY, [GENERATION, self._tally], [self._generation, self._puts, TALLY_KEPT_S])
             _, *answers, held = self.link.run([("SADD", CHECKPOINTS, checkpoint_id), *commands, counted])

@@ -66,6 +66,14 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
+@pytest.fixture(params=SUBJECTS)
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the stores, chosen as an operator does."""
+    if request.param == "redis":
+        monkeypatch.setenv("VQL_REDIS_URL", request.getfixturevalue("redis_url"))
+    return request.param
+
+
 @pytest.fixture
 def feast(state: Path):
     from feature_repo.repo import open_repo
