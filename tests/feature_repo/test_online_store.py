@@ -71,9 +71,8 @@ def test_feasts_own_reading_gives_the_bytes_of_the_store(registered, checkpoint,
     stored = small_rows(checkpoint, fold, 200)
     put_all(rows_of(registered), checkpoint, stored)
     service = registered.get_feature_service(service_name(checkpoint.checkpoint_id))
-    answer = registered.get_online_features(
-        service, [{"user_id": user_id} for user_id in [*stored, "nobody"]]
-    ).to_dict()
+    users = [{"user_id": user_id} for user_id in [*stored, "nobody"]]
+    answer = registered.get_online_features(service, users).to_dict()
     assert answer["folded"] == [*(encode_row(row).folded for row in stored.values()), None]
     assert answer["recent"] == [*(encode_row(row).recent for row in stored.values()), None]
 

@@ -109,7 +109,7 @@ def test_a_ranker_needs_no_right_but_to_read(server, tmp_path):
     (tmp_path / "password").write_text(PASSWORD)
     open_rows(server).put_rows(A, [whole("u", stamp(1))])
     with server.client() as client:
-        rights = ("+hmget", "+mget", "+select", "+client|setinfo", "+client|setname")
+        rights = ("+hmget", "+mget", "+select", "+client")
         client.execute_command("ACL SETUSER", "ranker", "on", f">{PASSWORD}", "~vql:*", *rights)
     rows = open_rows(server, username="ranker", password_file=tmp_path / "password")
     assert get(rows, "u") == bytes_of(whole("u", stamp(1)))

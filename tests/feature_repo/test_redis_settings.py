@@ -57,7 +57,7 @@ def test_the_password_is_in_nothing_that_is_printed_or_sent(tmp_path):
     "url", [f"redis://u:{SECRET}@cache.example:6379", f"redis://:{SECRET}@cache.example", f"{URL}?password={SECRET}"]
 )
 def test_an_address_with_a_password_in_it_is_refused_and_not_repeated(url):
-    with pytest.raises(InputError, match="VQL_REDIS_URL: .*VQL_REDIS_PASSWORD_FILE") as caught:
+    with pytest.raises(InputError, match=r"VQL_REDIS_URL: .*VQL_REDIS_PASSWORD_FILE") as caught:
         redis_settings(url=url)
     error: BaseException | None = caught.value
     while error is not None:
