@@ -1,4 +1,4 @@
-"""From the state folder and the Feast repo's feature_store.yaml to the fenced store, without importing Feast.
+"""From the state folder, feature_store.yaml and VQL_REDIS_URL to the fenced store, without importing Feast.
 
 Importing Feast takes seconds and half a gigabyte; stream workers, Spark executors and rankers need neither.
 """
@@ -7,31 +7,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import yaml
 
+from feature_repo.redis_settings import RedisSettings, chosen_redis
 from feature_repo.sqlite_store import SqliteRows
 from feature_repo.store import RowStore
 from models.errors import InputError
 
 PACKAGED_REPO = Path(__file__).parent
-SQLITE_STORE = "feature_repo.online_store.FencedSqliteOnlineStore"
+FENCED_STORE = "feature_repo.online_store.FencedOnlineStore"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoreHandle:
-    """Where the store is: a small value to send to workers, each of which opens it for itself."""
+    """Where the store is: a small value to send to workers, each of which opens it for itself.
+
+    redis: chosen where the handle is made; a worker whose environment lacks VQL_REDIS_URL must not open another store.
+    """
 
     state: Path
     repo: Path = PACKAGED_REPO
+    redis: RedisSettings | None = field(default_factory=chosen_redis)
 
     def open(self) -> RowStore:
-        """Raises InputError for an unusable feature_store.yaml, StoreError when the store cannot be opened."""
-        return open_rows(read_config(self.state, self.repo)["online_store"])
+        """Raises InputError for an unusable feature_store.yaml or a secret's file that cannot be read."""
+        return open_rows(read_config(self.state, self.repo)["online_store"], self.redis)
 
 
 def read_config(state: Path, repo: Path = PACKAGED_REPO) -> dict[str, Any]:
@@ -51,11 +56,20 @@ def read_config(state: Path, repo: Path = PACKAGED_REPO) -> dict[str, Any]:
     return config
 
 
-def open_rows(online_store: Mapping[str, Any]) -> RowStore:
-    """The store that this online_store section describes. Raises InputError for one that has no fence."""
+def open_rows(online_store: Mapping[str, Any], redis: RedisSettings | None) -> RowStore:
+    """The store that this online_store section describes, on Redis where settings are given.
+
+    The section's ttl_s counts unless the settings have one. Raises InputError for a section whose store has no fence.
+    """
     kind = online_store.get("type")
-    if kind != SQLITE_STORE:
-        raise InputError(f"online store type {kind!r} has no fence: set online_store.type to {SQLITE_STORE}")
+    if kind != FENCED_STORE:
+        raise InputError(f"online store type {kind!r} has no fence: set online_store.type to {FENCED_STORE}")
+    if redis is not None:
+        # Imported only where it is used: the client takes a quarter of a second.
+        from feature_repo.redis_store import RedisRows
+
+        ttl_s = online_store.get("ttl_s") if redis.ttl_s is None else redis.ttl_s
+        return RedisRows(redis.model_copy(update={"ttl_s": ttl_s}))
     if not isinstance(online_store.get("path"), str):
         raise InputError("online_store.path is missing from feature_store.yaml: name the store's file")
     return SqliteRows(absolute_path(online_store["path"]), online_store.get("ttl_s"))

@@ -19,9 +19,9 @@ from feast.protos.feast.types.Value_pb2 import Value
 from feast.repo_config import FeastConfigBaseModel
 from pydantic import field_validator
 
-from feature_repo.handle import SQLITE_STORE, absolute_path
-from feature_repo.sqlite_store import SqliteRows
-from feature_repo.store import RowPut
+from feature_repo.handle import FENCED_STORE, absolute_path, open_rows
+from feature_repo.redis_settings import chosen_redis
+from feature_repo.store import RowPut, RowStore
 from models.errors import InputError, WireError
 from models.row import RowBytes
 from models.wire import FOLDED_MAGIC, RECENT_MAGIC, read_header
@@ -32,10 +32,10 @@ CHECKPOINT_TAG = "checkpoint_id"
 _log = logging.getLogger(__name__)
 
 
-class FencedSqliteOnlineStoreConfig(FeastConfigBaseModel):
-    """The section online_store of feature_store.yaml."""
+class FencedOnlineStoreConfig(FeastConfigBaseModel):
+    """The section online_store of feature_store.yaml; `path` is the embedded store's, where Redis is not chosen."""
 
-    type: str = SQLITE_STORE
+    type: str = FENCED_STORE
     path: str
     ttl_s: float | None = None
 
@@ -45,11 +45,11 @@ class FencedSqliteOnlineStoreConfig(FeastConfigBaseModel):
         return str(absolute_path(path))
 
 
-class FencedSqliteOnlineStore(OnlineStore):
-    """Feast's online store on `SqliteRows`."""
+class FencedOnlineStore(OnlineStore):
+    """Feast's online store on the fenced one: Redis where VQL_REDIS_URL is set, else the embedded store."""
 
     def __init__(self) -> None:
-        self._rows: SqliteRows | None = None
+        self._rows: RowStore | None = None
 
     def online_write_batch(
         self,
@@ -98,14 +98,14 @@ class FencedSqliteOnlineStore(OnlineStore):
                 _log.warning("%s: erased %d rows of its checkpoint", view.name, rows.delete_checkpoint(checkpoint_id))
 
     def teardown(self, config: RepoConfig, tables: Sequence[FeatureView], entities: Sequence[Entity]) -> None:
-        """Remove the store's file."""
+        """Erase the whole store."""
         self.rows(config).remove()
         self._rows = None
 
-    def rows(self, config: RepoConfig) -> SqliteRows:
+    def rows(self, config: RepoConfig) -> RowStore:
         """The fenced store itself, for the product's own writers and readers."""
         if self._rows is None:
-            self._rows = SqliteRows(absolute_path(config.online_store.path), config.online_store.ttl_s)
+            self._rows = open_rows(config.online_store.model_dump(), chosen_redis())
         return self._rows
 
 
@@ -132,13 +132,9 @@ def _put(checkpoint_id: str, user_id: str, values: dict[str, Value]) -> RowPut:
     if missing:
         raise InputError(f"user {user_id!r}: features {missing} are missing; a row is written whole")
     folded, recent = (values[name].bytes_val for name in FEATURES)
-    return RowPut(
-        user_id=user_id,
-        stamp=read_header(recent, RECENT_MAGIC, checkpoint_id).stamp,
-        recent=recent,
-        folded_stamp=read_header(folded, FOLDED_MAGIC, checkpoint_id).stamp,
-        folded=folded,
-    )
+    read_header(folded, FOLDED_MAGIC, checkpoint_id)
+    stamp = read_header(recent, RECENT_MAGIC, checkpoint_id).stamp
+    return RowPut(user_id=user_id, stamp=stamp, recent=recent, folded=folded)
 
 
 def _event_time(row: RowBytes) -> datetime:

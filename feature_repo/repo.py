@@ -12,6 +12,7 @@ from feast.repo_config import FeastConfigError
 from pydantic import ValidationError
 
 from feature_repo.handle import PACKAGED_REPO, open_rows, read_config
+from feature_repo.redis_settings import chosen_redis
 from feature_repo.store import RowStore
 from feature_repo.views import declare
 from models.errors import InputError
@@ -24,7 +25,7 @@ def open_repo(state: Path, repo: Path = PACKAGED_REPO) -> FeatureStore:
     Raises InputError naming feature_store.yaml when it is missing or cannot be used.
     """
     state = state.absolute()
-    open_rows(read_config(state, repo)["online_store"])
+    open_rows(read_config(state, repo)["online_store"], chosen_redis())
     try:
         state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,5 +49,5 @@ def register(store: FeatureStore, checkpoint_id: str) -> None:
 
 
 def rows_of(store: FeatureStore) -> RowStore:
-    """The fenced store that this repo's feature_store.yaml names."""
-    return open_rows(store.config.online_store.model_dump())
+    """The fenced store that this repo's feature_store.yaml and VQL_REDIS_URL name."""
+    return open_rows(store.config.online_store.model_dump(), chosen_redis())

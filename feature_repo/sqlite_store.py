@@ -24,11 +24,11 @@ from pathlib import Path
 import msgspec
 
 from feature_repo.store import Backfill, RowPut
-from models.errors import InputError, StoreError
+from models.errors import InputError, StoreError, UnavailableError
 from models.files import disk_error
 from models.row import RowBytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 30.0
 USERS_PER_SELECT = 500  # SQLite builds before 3.32 take 999 variables
 
@@ -37,7 +37,6 @@ _SCHEMA = """
 CREATE TABLE rows (
     user_id TEXT NOT NULL, checkpoint_id TEXT NOT NULL,
     epoch INTEGER NOT NULL, "offset" INTEGER NOT NULL, revision INTEGER NOT NULL, partition INTEGER NOT NULL,
-    folded_epoch INTEGER NOT NULL, folded_offset INTEGER NOT NULL, folded_revision INTEGER NOT NULL,
     folded BLOB NOT NULL, recent BLOB NOT NULL, written_ms INTEGER NOT NULL,
     PRIMARY KEY (user_id, checkpoint_id));
 CREATE TABLE positions (
@@ -47,20 +46,20 @@ CREATE TABLE backfills (checkpoint_id TEXT NOT NULL PRIMARY KEY, record TEXT NOT
 """
 
 # The fence is the WHERE clause: compared and written in one statement.
-_PUT_WHOLE = """
-INSERT INTO rows VALUES (:user_id, :checkpoint_id, :epoch, :offset, :revision, :partition,
-    :folded_epoch, :folded_offset, :folded_revision, :folded, :recent, :now_ms)
+_PUT_FIRST = """
+INSERT INTO rows VALUES (:user_id, :checkpoint_id, :epoch, :offset, :revision, :partition, :folded, :recent, :now_ms)
 ON CONFLICT DO UPDATE SET epoch = :epoch, "offset" = :offset, revision = :revision, partition = :partition,
-    folded_epoch = :folded_epoch, folded_offset = :folded_offset, folded_revision = :folded_revision,
     folded = :folded, recent = :recent, written_ms = :now_ms
-WHERE (rows.epoch, rows."offset", rows.revision) < (:epoch, :offset, :revision) OR rows.written_ms <= :expired_ms
+WHERE rows.written_ms <= :expired_ms OR (rows.epoch, rows."offset", rows.revision) < (:epoch, :offset, :revision)
 """
-_PUT_RECENT = """
+_IS_FOLLOWED = """ AND (rows.epoch, rows."offset", rows.revision, rows.partition)
+    = (:follows_epoch, :follows_offset, :follows_revision, :follows_partition)
+"""
+_PUT_NEXT = f"""
 UPDATE rows SET epoch = :epoch, "offset" = :offset, revision = :revision, partition = :partition,
-    recent = :recent, written_ms = :now_ms
+    folded = coalesce(:folded, folded), recent = :recent, written_ms = :now_ms
 WHERE user_id = :user_id AND checkpoint_id = :checkpoint_id AND written_ms > :expired_ms
-    AND (epoch, "offset", revision) < (:epoch, :offset, :revision)
-    AND (folded_epoch, folded_offset, folded_revision) = (:folded_epoch, :folded_offset, :folded_revision)
+    AND (epoch, "offset", revision) < (:epoch, :offset, :revision) {_IS_FOLLOWED}
 """
 _COMMIT_POSITION = """
 INSERT INTO positions VALUES (?, ?, ?, ?)
@@ -84,8 +83,9 @@ _ABANDONED: list[list[sqlite3.Connection]] = []
 class SqliteRows:
     """`feature_repo.store.RowStore` on one SQLite file. Picklable: the copy opens the file anew.
 
-    Raises StoreError (path and remedy) where SQLite fails, where the file was made by another version or has gone
-    since it was opened; MachineError for a full disk; InputError for a user id that is not Unicode text.
+    Raises UnavailableError where another process holds the file, StoreError (path and remedy) where SQLite fails,
+    where the file was made by another version or has gone since it was opened; MachineError for a full disk;
+    InputError for a user id that is not Unicode text.
     """
 
     def __init__(self, path: Path, ttl_s: float | None = None, clock: Callable[[], float] = time.time) -> None:
@@ -119,22 +119,18 @@ class SqliteRows:
         now_ms = self._now_ms()
         times = {"now_ms": now_ms, "expired_ms": self._expired_ms(now_ms), "checkpoint_id": checkpoint_id}
         with self._transaction("BEGIN IMMEDIATE") as connection:
-            return [
-                connection.execute(_PUT_RECENT if put.folded is None else _PUT_WHOLE, times | _values(put)).rowcount > 0
-                for put in puts
-            ]
+            return [connection.execute(_statement(put), times | _values(put)).rowcount > 0 for put in puts]
 
     def count_rows(self, checkpoint_id: str) -> int:
         with self._transaction("BEGIN") as connection:
-            query = "SELECT count(*) FROM rows WHERE checkpoint_id = ?"
-            return int(connection.execute(query, (checkpoint_id,)).fetchone()[0])
+            query = "SELECT count(*) FROM rows WHERE checkpoint_id = ? AND written_ms > ?"
+            return int(connection.execute(query, (checkpoint_id, self._expired_ms(self._now_ms()))).fetchone()[0])
 
     def delete_user(self, user_id: str) -> int:
         with self._durable_transaction() as connection:
             return connection.execute("DELETE FROM rows WHERE user_id = ?", (user_id,)).rowcount
 
     def delete_checkpoint(self, checkpoint_id: str) -> int:
-        """Erase the checkpoint's rows, positions and backfill record; how many rows there were."""
         with self._durable_transaction() as connection:
             connection.execute("DELETE FROM backfills WHERE checkpoint_id = ?", (checkpoint_id,))
             connection.execute("DELETE FROM positions WHERE checkpoint_id = ?", (checkpoint_id,))
@@ -162,13 +158,11 @@ class SqliteRows:
             connection.execute("INSERT OR REPLACE INTO backfills VALUES (?, ?)", (checkpoint_id, record))
 
     def close(self) -> None:
-        """Give the idle connections back; a later call opens the file again."""
         while self._idle:
             self._idle.pop().close()
         self._identity = None
 
     def remove(self) -> None:
-        """Delete the store: every checkpoint's rows, positions and records."""
         self.close()
         for suffix in ("", "-wal", "-shm"):
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
@@ -221,18 +215,29 @@ class SqliteRows:
             return _open(self.path)
 
 
+def _statement(put: RowPut) -> str:
+    if put.follows is None:
+        return _PUT_FIRST
+    return _PUT_NEXT if put.folded is None or put.follows.offset >= 0 else _PUT_FIRST + _IS_FOLLOWED
+
+
 def _values(put: RowPut) -> dict[str, str | int | bytes | None]:
-    return {
+    values = {
         "user_id": put.user_id,
         "epoch": put.stamp.epoch,
         "offset": put.stamp.offset,
         "revision": put.stamp.revision,
         "partition": put.stamp.partition,
-        "folded_epoch": put.folded_stamp.epoch,
-        "folded_offset": put.folded_stamp.offset,
-        "folded_revision": put.folded_stamp.revision,
         "folded": put.folded,
         "recent": put.recent,
+    }
+    if put.follows is None:
+        return values
+    return values | {
+        "follows_epoch": put.follows.epoch,
+        "follows_offset": put.follows.offset,
+        "follows_revision": put.follows.revision,
+        "follows_partition": put.follows.partition,
     }
 
 
@@ -302,4 +307,5 @@ def _explained(error: BaseException, path: Path) -> BaseException:
     if code == sqlite3.SQLITE_FULL:
         return disk_error(OSError(errno.ENOSPC, str(error)), path)
     remedy = _REMEDIES.get(code, "this is a fault of the program: report it")
-    return StoreError(f"online store {path}: {error}; {remedy}")
+    kind = UnavailableError if code == sqlite3.SQLITE_BUSY else StoreError
+    return kind(f"online store {path}: {error}; {remedy}")

@@ -3,15 +3,17 @@
 A store holds, for each checkpoint apart: the users' rows, the positions that the stream has committed, and the
 record of the backfill. They live and die together: a store that is lost cannot be taken for a complete one.
 
-The fence: `put_rows` writes a row only if its stamp (epoch, offset, revision) is greater than the stored one,
-atomically. A put without `folded` keeps the stored `folded`, and is refused unless that one still has the stamp
-the writer read. A refused put means "read again and redo". So a slow or doubled writer can never undo a newer row.
+The fence is compare-and-set, atomic for each row: `put_rows` writes a row only if its stamp (epoch, offset,
+revision) is greater than the stored one, and if the stored row is the very one that the writer went on from. A
+refused put means "read again and redo". So a slow or doubled writer, or one that kept a row in memory, can undo
+neither a newer row nor a backfill, a repair or an erasure. A put that goes on from nothing (a backfill, which folds
+a user's events from the first) only needs the greater stamp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import msgspec
@@ -22,13 +24,20 @@ from models.wire import Stamp, encode_recent
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowPut:
-    """A row to write. `folded` None: unchanged since it was read with folded_stamp."""
+    """A row to write. `folded` None: unchanged since it was read, which only a put that follows a row can say.
+
+    follows: the stamp of the row that this one continues, by every field. Offset -1: there was no row. None: it
+    continues none, and any older row may be replaced.
+    """
 
     user_id: str
     stamp: Stamp
     recent: bytes
-    folded_stamp: Stamp
     folded: bytes | None
+    follows: Stamp | None = None
+
+    def __post_init__(self) -> None:
+        assert self.folded is not None or self.follows is not None, "half a row that follows none"
 
 
 class Backfill(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,20 +58,33 @@ class Backfill(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RowStore(Protocol):
-    """Rows by (checkpoint, user), fenced by their stamps. Raises StoreError when the store cannot be used."""
+    """Rows by (checkpoint, user), fenced by their stamps.
+
+    Raises UnavailableError while the store does not answer, another StoreError when it cannot be used. Safe to share
+    between threads, picklable (the copy opens the store anew), usable after a fork.
+    """
 
     def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
         """The rows in the order of user_ids, in one read; None for absent and expired users."""
         ...
 
     def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
-        """Put if newer, each row atomically; False where the fence refused."""
+        """Compare and set, each row atomically; False where the fence refused.
+
+        After an UnavailableError any of the puts may have been done; asking again is safe.
+        """
         ...
 
-    def count_rows(self, checkpoint_id: str) -> int: ...
+    def count_rows(self, checkpoint_id: str) -> int:
+        """How many users have a row; expired ones are not counted."""
+        ...
 
     def delete_user(self, user_id: str) -> int:
         """Erase the user's rows of every checkpoint; how many there were."""
+        ...
+
+    def delete_checkpoint(self, checkpoint_id: str) -> int:
+        """Erase the checkpoint's rows, positions and backfill record; how many rows there were."""
         ...
 
     def positions(self, checkpoint_id: str) -> dict[int, tuple[int, int]]:
@@ -77,6 +99,20 @@ class RowStore(Protocol):
 
     def record_backfill(self, checkpoint_id: str, backfill: Backfill) -> None: ...
 
+    def close(self) -> None:
+        """Give the connections back; a later call opens the store anew, as another store if it is one by then."""
+        ...
+
+    def remove(self) -> None:
+        """Erase the store: every checkpoint's rows, positions and records."""
+        ...
+
+
+def whole_put(user_id: str, row: Row) -> RowPut:
+    """The put of a row that was folded from the user's first event on: any older row may be replaced."""
+    recent = encode_recent(row.spec.checkpoint_id, row.stamp, row.recent)
+    return RowPut(user_id=user_id, stamp=row.stamp, recent=recent, folded=row.folded_data)
+
 
 def row_put(user_id: str, row: Row, stored: Row | None) -> RowPut:
     """The put that brings the store from `stored` (None: no row) to `row`, its folded part only if it changed."""
@@ -85,6 +121,6 @@ def row_put(user_id: str, row: Row, stored: Row | None) -> RowPut:
         user_id=user_id,
         stamp=row.stamp,
         recent=encode_recent(row.spec.checkpoint_id, row.stamp, row.recent),
-        folded_stamp=row.folded_stamp,
         folded=None if unchanged else row.folded_data,
+        follows=replace(row.stamp, offset=-1, revision=0) if stored is None else stored.stamp,
     )

@@ -17,7 +17,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from feature_repo.handle import StoreHandle
-from feature_repo.store import Backfill, RowPut, row_put
+from feature_repo.store import Backfill, RowPut, whole_put
 from jobs.ingest import LogFacts, log_facts
 from jobs.spark import errors_of_workers, read_delta
 from models.checkpoint import Checkpoint, open_checkpoint
@@ -114,7 +114,7 @@ def _folder(
         chunk: list[RowPut] = []
         for user_id, row in fold_users(batches, opened, *epoch_and_revision):
             users, events = users + 1, events + row.count
-            chunk.append(row_put(user_id, row, None))
+            chunk.append(whole_put(user_id, row))
             if len(chunk) == PUT_CHUNK:
                 newer += rows.put_rows(checkpoint_id, chunk).count(False)
                 chunk = []

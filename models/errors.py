@@ -7,7 +7,8 @@ VqlError                      the command line prints one line and exits with `e
 |   `-- MismatchError  (3)    two checkpoints meet (caches, rows, tables): refuse, never mix
 |-- WireError          (4)    a row's bytes are damaged: a ranker masks the user, a writer stops
 |   `-- ForeignRowError (3)   the row was made with another checkpoint: as above
-|-- StoreError         (5)    the online store cannot be reached, is lost or was never backfilled
+|-- StoreError         (5)    the online store is lost, damaged or was never backfilled: waiting does not heal it
+|   `-- UnavailableError (5)  the online store does not answer now: trying again may help
 `-- MachineError     (6)    Java, jars or the disk: the message says what to install or free
 """
 
@@ -63,6 +64,10 @@ class StoreError(VqlError):
     """The online store failed, is lost, or holds no backfill for this checkpoint."""
 
     exit_code = 5
+
+
+class UnavailableError(StoreError):
+    """The online store does not answer now; what was asked may or may not have been done, and may be asked again."""
 
 
 class MachineError(VqlError):

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from feature_repo.store import RowStore
 from models.checkpoint import Checkpoint
 from models.row import Fold
+from tests.feature_repo.subjects import SUBJECTS, RedisSubject, SqliteSubject, Subject
+from tests.redis_server import RedisServer, running_redis
 from tests.small import small_checkpoint
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """The server that tests share; each of them begins with `redis_url`."""
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: RedisServer) -> str:
+    """The address of an empty server."""
+    with redis_server.client() as client:
+        client.flushall()
+    return redis_server.url
+
+
+@pytest.fixture(params=SUBJECTS)
+def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
+    if request.param == "redis":
+        return RedisSubject(request.getfixturevalue("redis_url"))
+    return SqliteSubject(tmp_path)
+
+
+@pytest.fixture
+def store(subject: Subject) -> Iterator[RowStore]:
+    opened = subject.open()
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +64,14 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A state folder in VQL_STATE, which is put back after the test."""
     monkeypatch.setenv("VQL_STATE", str(tmp_path / "state"))
     return tmp_path / "state"
+
+
+@pytest.fixture(params=SUBJECTS)
+def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the stores, chosen as an operator does."""
+    if request.param == "redis":
+        monkeypatch.setenv("VQL_REDIS_URL", request.getfixturevalue("redis_url"))
+    return request.param
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from feature_repo.store import RowPut, RowStore
+from feature_repo.store import RowStore, whole_put
 from models.checkpoint import Checkpoint
 from models.event import columns
-from models.row import Fold, Row, advance, encode_row, new_row
+from models.row import Fold, Row, advance, new_row
 from models.wire import Stamp, pack_recent
 from tests.small import random_events
 
@@ -33,16 +33,4 @@ def small_rows(checkpoint: Checkpoint, fold: Fold, count: int, seed: int = 0) ->
 
 def put_all(store: RowStore, checkpoint: Checkpoint, rows: dict[str, Row]) -> list[bool]:
     """Write whole rows."""
-    puts = []
-    for user_id, row in rows.items():
-        data = encode_row(row)
-        puts.append(
-            RowPut(
-                user_id=user_id,
-                stamp=row.stamp,
-                recent=data.recent,
-                folded_stamp=row.folded_stamp,
-                folded=data.folded,
-            )
-        )
-    return store.put_rows(checkpoint.checkpoint_id, puts)
+    return store.put_rows(checkpoint.checkpoint_id, [whole_put(user_id, row) for user_id, row in rows.items()])

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
+from feature_repo.redis_settings import RedisSettings
+from feature_repo.redis_store import RedisRows
 from feature_repo.sqlite_store import SqliteRows
 from feature_repo.store import RowPut, RowStore
 from models.row import RowBytes
@@ -23,6 +27,15 @@ class Clock:
         return self.now_s
 
 
+class Subject(Protocol):
+    """A store under test."""
+
+    def open(self, ttl_s: float | None = None) -> RowStore: ...
+
+    def wait(self, seconds: float) -> None:
+        """Let this much time pass for the store."""
+
+
 @dataclass
 class SqliteSubject:
     """How the tests open the embedded store, and how time passes for it."""
@@ -37,18 +50,34 @@ class SqliteSubject:
         self.clock.now_s += seconds
 
 
-def stamp(offset: int, *, epoch: int = 0, revision: int = 0) -> Stamp:
-    return Stamp(epoch=epoch, partition=0, offset=offset, revision=revision)
+@dataclass
+class RedisSubject:
+    """How the tests open the store on a server, which keeps its own time."""
+
+    url: str
+
+    def open(self, ttl_s: float | None = None) -> RowStore:
+        return RedisRows(RedisSettings(url=self.url, ttl_s=ttl_s))
+
+    def wait(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
-def whole(user_id: str, at: Stamp, folded: Stamp | None = None) -> RowPut:
+SUBJECTS = ["sqlite", "redis"]
+
+
+def stamp(offset: int, *, epoch: int = 0, revision: int = 0, partition: int = 0) -> Stamp:
+    return Stamp(epoch=epoch, partition=partition, offset=offset, revision=revision)
+
+
+def whole(user_id: str, at: Stamp, follows: Stamp | None = None) -> RowPut:
     """A whole row whose two parts both say its stamp, over several database pages."""
     mark = repr(at.order).encode() * 400
-    return RowPut(user_id=user_id, stamp=at, recent=mark, folded_stamp=folded or at, folded=mark)
+    return RowPut(user_id=user_id, stamp=at, recent=mark, folded=mark, follows=follows)
 
 
-def partial(user_id: str, at: Stamp, folded: Stamp) -> RowPut:
-    return RowPut(user_id=user_id, stamp=at, recent=b"new", folded_stamp=folded, folded=None)
+def partial(user_id: str, at: Stamp, follows: Stamp) -> RowPut:
+    return RowPut(user_id=user_id, stamp=at, recent=b"new", folded=None, follows=follows)
 
 
 def bytes_of(put: RowPut) -> RowBytes:

@@ -9,10 +9,10 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.types import Bytes, Int64, String
 
-from feature_repo.online_store import FencedSqliteOnlineStore, checkpoint_of
+from feature_repo.online_store import FencedOnlineStore, checkpoint_of
 from feature_repo.repo import register, rows_of
 from feature_repo.store import RowPut
-from feature_repo.views import push_source_name, view_name
+from feature_repo.views import push_source_name, service_name, view_name
 from models.errors import ForeignRowError, InputError, WireError
 from models.row import encode_row, new_row
 from models.wire import recent_times
@@ -20,7 +20,7 @@ from tests.feature_repo.rows import put_all, small_rows
 
 
 @pytest.fixture
-def registered(feast, checkpoint, other_checkpoint):
+def registered(chosen, feast, checkpoint, other_checkpoint):
     register(feast, checkpoint.checkpoint_id)
     register(feast, other_checkpoint.checkpoint_id)
     return feast
@@ -67,6 +67,16 @@ def test_what_feast_writes_goes_through_the_fence(registered, checkpoint, fold, 
         assert stored == [encode_row(row) for row in kept.values()]
 
 
+def test_feasts_own_reading_gives_the_bytes_of_the_store(registered, checkpoint, fold):
+    stored = small_rows(checkpoint, fold, 200)
+    put_all(rows_of(registered), checkpoint, stored)
+    service = registered.get_feature_service(service_name(checkpoint.checkpoint_id))
+    users = [{"user_id": user_id} for user_id in [*stored, "nobody"]]
+    answer = registered.get_online_features(service, users).to_dict()
+    assert answer["folded"] == [*(encode_row(row).folded for row in stored.values()), None]
+    assert answer["recent"] == [*(encode_row(row).recent for row in stored.values()), None]
+
+
 def test_the_event_time_is_that_of_the_users_newest_event(registered, checkpoint, fold):
     stored = small_rows(checkpoint, fold, 400)
     put_all(rows_of(registered), checkpoint, stored)
@@ -93,7 +103,7 @@ def test_a_damaged_row_is_served_as_it_is_and_does_not_disturb_the_others(regist
     rows = rows_of(registered)
     put_all(rows, checkpoint, stored)
     stamp = stored["u0"].stamp
-    bad = RowPut(user_id="bad", stamp=stamp, recent=b"x", folded_stamp=stamp, folded=b"y")
+    bad = RowPut(user_id="bad", stamp=stamp, recent=b"x", folded=b"y")
     assert rows.put_rows(checkpoint.checkpoint_id, [bad]) == [True]
     (bad_time, bad_values), (_, good_values) = read(registered, checkpoint, ["bad", "u0"])
     assert bad_time == datetime(1970, 1, 1, tzinfo=UTC)
@@ -137,9 +147,9 @@ def test_registering_again_erases_nothing(registered, checkpoint, fold):
     assert rows.get_rows(checkpoint.checkpoint_id, ["u0"]) != [None]
 
 
-def test_teardown_removes_the_file_and_a_new_store_can_follow(registered, checkpoint, fold, state):
+def test_teardown_erases_the_store_and_a_new_one_can_follow(registered, chosen, checkpoint, fold, state):
     put_all(rows_of(registered), checkpoint, small_rows(checkpoint, fold, 100))
-    assert (state / "online.db").exists()
+    assert (state / "online.db").exists() == (chosen == "sqlite")
     registered.teardown()
     assert [p.name for p in state.iterdir() if p.name.startswith("online")] == []
     assert rows_of(registered).get_rows(checkpoint.checkpoint_id, ["u0"]) == [None]
@@ -173,6 +183,6 @@ def test_an_entity_that_is_no_user_is_refused(registered, checkpoint):
 
 @pytest.mark.parametrize("path", ["${VQL_STATE}/online.db", "online.db"])
 def test_a_configuration_whose_variable_is_not_set_is_refused(tmp_path, path):
-    kind = f"{FencedSqliteOnlineStore.__module__}.{FencedSqliteOnlineStore.__name__}"
+    kind = f"{FencedOnlineStore.__module__}.{FencedOnlineStore.__name__}"
     with pytest.raises(InputError, match="VQL_STATE"):
         RepoConfig(project="p", registry=str(tmp_path / "r.db"), online_store={"type": kind, "path": path})

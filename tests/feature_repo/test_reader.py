@@ -33,7 +33,6 @@ def overwrite(rows, checkpoint, user_id, row, *, folded=None, recent=None):
         user_id=user_id,
         stamp=row.stamp,
         recent=recent or data.recent,
-        folded_stamp=row.folded_stamp,
         folded=folded or data.folded,
     )
     assert rows.put_rows(checkpoint.checkpoint_id, [put]) == [True]

@@ -1,37 +1,20 @@
-"""What every fenced store must do. A further store is one more entry of SUBJECTS.
-
-The race is also run on Feast's own SQLite store, where it must fail: so it can fail.
-"""
+"""What every fenced store must do, one writer at a time. A further store is one more entry of `subjects.SUBJECTS`."""
 
 from __future__ import annotations
 
-import multiprocessing
+import os
+import pickle
 import random
-import threading
-from ast import literal_eval
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 
-from feature_repo.store import Backfill, RowPut, RowStore
+from feature_repo.store import Backfill, RowPut
+from models.errors import InputError
 from models.row import RowBytes
-from tests.feature_repo.subjects import A, B, SqliteSubject, bytes_of, get, partial, stamp, whole
+from tests.feature_repo.subjects import A, B, bytes_of, get, partial, stamp, whole
 
-RACED_USERS = [f"u{n}" for n in range(5)]
 HOSTILE = ["nul\0inside", "\0", "line\nbreak", "quo'te\"s", "glob*?[a]", "100%_", "é", "🙂", "x" * 4096, "u", "U", "u "]
-SUBJECTS = [SqliteSubject]
-
-
-@pytest.fixture(params=SUBJECTS)
-def subject(request: pytest.FixtureRequest, tmp_path: Path):
-    return request.param(tmp_path)
-
-
-@pytest.fixture
-def store(subject) -> RowStore:
-    return subject.open()
+HOSTILE += ["{", "}", "{}", "}{0}", ":", "a:b", " ", "\r\n$-1\r\n", "u\ufeff", "-1"]
 
 
 def test_a_new_row_comes_back_as_it_was_put(store):
@@ -60,7 +43,7 @@ def test_newer_replaces_older_and_never_the_other_way(store, older, newer):
 def test_an_equal_stamp_changes_nothing(store):
     first = whole("u", stamp(3))
     store.put_rows(A, [first])
-    other = RowPut(user_id="u", stamp=stamp(3), recent=b"other", folded_stamp=stamp(3), folded=b"other")
+    other = RowPut(user_id="u", stamp=stamp(3), recent=b"other", folded=b"other")
     assert store.put_rows(A, [other]) == [False]
     assert get(store, "u") == bytes_of(first)
 
@@ -79,38 +62,79 @@ def test_an_empty_batch_is_no_work(store):
 
 
 def test_a_partial_put_keeps_the_folded_part(store):
-    first = whole("u", stamp(5), folded=stamp(2))
+    first = whole("u", stamp(5))
     store.put_rows(A, [first])
-    assert store.put_rows(A, [partial("u", stamp(6), folded=stamp(2))]) == [True]
+    assert store.put_rows(A, [partial("u", stamp(6), follows=stamp(5))]) == [True]
     assert get(store, "u") == RowBytes(folded=first.folded, recent=b"new")
+    assert store.put_rows(A, [whole("u", stamp(7), follows=stamp(6))]) == [True]
+    assert get(store, "u") == bytes_of(whole("u", stamp(7)))
 
 
-@pytest.mark.parametrize("folded", [stamp(1), stamp(3), stamp(2, epoch=1), stamp(2, revision=1)])
-def test_a_partial_put_is_refused_unless_the_folded_part_is_the_one_it_read(store, folded):
-    first = whole("u", stamp(5), folded=stamp(2))
+def test_half_a_row_that_follows_none_cannot_be_made():
+    with pytest.raises(AssertionError, match="follows none"):
+        RowPut(user_id="u", stamp=stamp(6), recent=b"new", folded=None)
+
+
+OTHER_ROWS = [stamp(1), stamp(3), stamp(2, epoch=1), stamp(2, revision=1), stamp(2, partition=1), stamp(-1)]
+
+
+@pytest.mark.parametrize("put", [partial, whole])
+@pytest.mark.parametrize("follows", OTHER_ROWS)
+def test_a_put_is_refused_unless_the_stored_row_is_the_one_it_follows(store, put, follows):
+    first = whole("u", stamp(2))
     store.put_rows(A, [first])
-    assert store.put_rows(A, [partial("u", stamp(6), folded=folded)]) == [False]
+    assert store.put_rows(A, [put("u", stamp(9, epoch=2), follows=follows)]) == [False]
     assert get(store, "u") == bytes_of(first)
 
 
-def test_a_partial_put_that_is_not_newer_is_refused(store):
-    first = whole("u", stamp(5), folded=stamp(2))
+@pytest.mark.parametrize("put", [partial, whole])
+def test_a_put_that_follows_the_stored_row_must_still_be_newer(store, put):
+    first = whole("u", stamp(5))
     store.put_rows(A, [first])
-    for at in (stamp(5), stamp(4)):
-        assert store.put_rows(A, [partial("u", at, folded=stamp(2))]) == [False]
+    for at in (stamp(5), stamp(4), stamp(5, partition=1)):
+        assert store.put_rows(A, [put("u", at, follows=stamp(5))]) == [False]
     assert get(store, "u") == bytes_of(first)
 
 
-def test_a_partial_put_without_a_row_is_refused(store):
-    assert store.put_rows(A, [partial("u", stamp(6), folded=stamp(2))]) == [False]
+def test_a_row_that_follows_none_is_new_only_once(store):
+    assert store.put_rows(A, [whole("u", stamp(6), follows=stamp(-1))]) == [True]
+    assert store.put_rows(A, [whole("u", stamp(7), follows=stamp(-1))]) == [False]
+    assert get(store, "u") == bytes_of(whole("u", stamp(6)))
+
+
+def test_a_row_that_appeared_since_is_not_overwritten_by_a_writer_that_saw_none(store):
+    assert get(store, "u") is None
+    backfilled = whole("u", stamp(5))
+    store.put_rows(A, [backfilled])
+    assert store.put_rows(A, [whole("u", stamp(9), follows=stamp(-1))]) == [False]
+    assert get(store, "u") == bytes_of(backfilled)
+
+
+@pytest.mark.parametrize("put", [partial, whole])
+def test_a_row_repaired_since_is_not_continued_from_its_old_state(store, put):
+    repaired = whole("u", stamp(5, revision=1))
+    assert store.put_rows(A, [whole("u", stamp(5)), repaired]) == [True, True]
+    assert store.put_rows(A, [put("u", stamp(6), follows=stamp(5))]) == [False]
+    assert get(store, "u") == bytes_of(repaired)
+    assert store.put_rows(A, [put("u", stamp(6, revision=1), follows=repaired.stamp)]) == [True]
+
+
+@pytest.mark.parametrize("put", [partial, whole])
+def test_a_row_erased_since_does_not_come_back(store, put):
+    store.put_rows(A, [whole("u", stamp(5))])
+    store.delete_user("u")
+    assert store.put_rows(A, [put("u", stamp(6), follows=stamp(5))]) == [False]
     assert get(store, "u") is None
 
 
-def test_a_whole_put_after_partial_puts_moves_the_folded_part(store):
-    store.put_rows(A, [whole("u", stamp(5), folded=stamp(2)), partial("u", stamp(6), folded=stamp(2))])
-    assert store.put_rows(A, [whole("u", stamp(7), folded=stamp(6))]) == [True]
-    assert store.put_rows(A, [partial("u", stamp(8), folded=stamp(2))]) == [False]
-    assert store.put_rows(A, [partial("u", stamp(8), folded=stamp(6))]) == [True]
+def test_half_a_row_cannot_be_the_first(store):
+    assert store.put_rows(A, [partial("u", stamp(6), follows=stamp(-1))]) == [False]
+    assert get(store, "u") is None
+
+
+def test_puts_of_one_user_in_one_batch_follow_each_other(store):
+    batch = [whole("u", stamp(1), follows=stamp(-1)), *(partial("u", stamp(n + 1), follows=stamp(n)) for n in (1, 2))]
+    assert store.put_rows(A, batch) == [True, True, True]
 
 
 def test_checkpoints_do_not_see_each_other(store):
@@ -158,29 +182,39 @@ def test_a_deleted_user_is_gone_from_every_checkpoint_and_nobody_else_is(store):
 def test_a_deleted_user_can_begin_again_at_any_stamp(store):
     store.put_rows(A, [whole("u", stamp(9))])
     store.delete_user("u")
-    assert store.put_rows(A, [partial("u", stamp(10), folded=stamp(9))]) == [False]
-    assert store.put_rows(A, [whole("u", stamp(1))]) == [True]
+    assert store.put_rows(A, [whole("u", stamp(1), follows=stamp(-1))]) == [True]
 
 
-def test_an_expired_row_is_absent_for_readers_and_for_the_fence(subject):
+def test_an_expired_row_is_absent_for_readers_for_the_fence_and_for_the_count(subject):
     store = subject.open(ttl_s=2)
-    store.put_rows(A, [whole("u", stamp(9), folded=stamp(3))])
+    store.put_rows(A, [whole("u", stamp(9)), whole("v", stamp(9))])
     subject.wait(1.0)
-    assert get(store, "u") is not None
+    assert (get(store, "u"), store.count_rows(A)) == (bytes_of(whole("u", stamp(9))), 2)
     subject.wait(1.5)
-    assert get(store, "u") is None
-    assert store.put_rows(A, [partial("u", stamp(10), folded=stamp(3))]) == [False]
-    assert store.put_rows(A, [whole("u", stamp(1))]) == [True]
+    assert (get(store, "u"), store.count_rows(A)) == (None, 0)
+    for put in (partial, whole):
+        assert store.put_rows(A, [put("u", stamp(10), follows=stamp(9))]) == [False]
+    assert store.put_rows(A, [whole("u", stamp(1), follows=stamp(-1)), whole("v", stamp(1))]) == [True, True]
     assert get(store, "u") == bytes_of(whole("u", stamp(1)))
+    assert store.count_rows(A) == 2
 
 
 def test_every_write_starts_the_time_to_live_again(subject):
     store = subject.open(ttl_s=2)
     store.put_rows(A, [whole("u", stamp(1))])
     subject.wait(1.5)
-    store.put_rows(A, [partial("u", stamp(2), folded=stamp(1))])
+    store.put_rows(A, [partial("u", stamp(2), follows=stamp(1))])
     subject.wait(1.5)
-    assert get(store, "u") is not None
+    assert (get(store, "u") is not None, store.count_rows(A)) == (True, 1)
+
+
+def test_rows_are_counted_once_and_no_more_when_they_are_erased(store):
+    assert store.count_rows(A) == 0
+    store.put_rows(A, [whole(f"u{n}", stamp(1)) for n in range(300)])
+    store.put_rows(A, [partial(f"u{n}", stamp(2), follows=stamp(1)) for n in range(300)])
+    store.put_rows(B, [whole("u0", stamp(1))])
+    store.delete_user("u0")
+    assert (store.count_rows(A), store.count_rows(B)) == (299, 0)
 
 
 def test_without_a_time_to_live_rows_stay(subject):
@@ -221,79 +255,56 @@ def test_a_second_opening_sees_everything(subject):
     assert second.positions(A) == {0: (0, 1)}
 
 
-def offers(seed: int) -> list[RowPut]:
-    """500 contended puts in an order of the writer's own."""
-    puts = [whole(user_id, stamp(5 * n + seed % 5)) for user_id in RACED_USERS for n in range(100)]
-    random.Random(seed).shuffle(puts)
-    return puts
+def test_a_deleted_checkpoint_takes_its_rows_positions_and_record_and_no_other(store):
+    record = Backfill(epoch=0, cut={0: 1}, users=1, events=1, log="l")
+    for checkpoint_id in (A, B):
+        store.put_rows(checkpoint_id, [whole(f"u{n}", stamp(1)) for n in range(700)])
+        store.commit_positions(checkpoint_id, 0, {0: 1})
+        store.record_backfill(checkpoint_id, record)
+    assert store.delete_checkpoint(A) == 700
+    assert (get(store, "u3", A), store.count_rows(A), store.positions(A), store.backfill(A)) == (None, 0, {}, None)
+    assert (get(store, "u3", B) is not None, store.count_rows(B)) == (True, 700)
+    assert (store.positions(B), store.backfill(B)) == ({0: (0, 1)}, record)
+    assert store.delete_checkpoint(A) == 0
 
 
-NEWEST = max(put.stamp.order for seed in range(4) for put in offers(seed))
+def test_a_removed_store_is_empty_and_can_be_begun_again(store):
+    store.put_rows(A, [whole("u", stamp(9))])
+    store.commit_positions(A, 0, {0: 9})
+    store.remove()
+    assert (get(store, "u"), store.count_rows(A), store.positions(A)) == (None, 0, {})
+    assert store.put_rows(A, [whole("u", stamp(1))]) == [True]
 
 
-def offer_all(store: RowStore, seed: int) -> list[tuple[str, tuple[int, int, int]]]:
-    """Put one at a time; which the store accepted."""
-    return [(put.user_id, put.stamp.order) for put in offers(seed) if store.put_rows(A, [put])[0]]
+def test_a_closed_store_opens_again_at_the_next_call(store):
+    store.put_rows(A, [whole("u", stamp(1))])
+    store.close()
+    store.close()
+    assert get(store, "u") == bytes_of(whole("u", stamp(1)))
 
 
-def newest_marks() -> list[RowBytes]:
-    return [bytes_of(whole("u", stamp(NEWEST[1])))] * len(RACED_USERS)
+def test_a_pickled_copy_is_the_same_store(store):
+    store.put_rows(A, [whole("u", stamp(1))])
+    copy = pickle.loads(pickle.dumps(store))
+    assert get(copy, "u") == bytes_of(whole("u", stamp(1)))
+    assert copy.put_rows(A, [whole("u", stamp(2))]) == [True]
 
 
-def accepted_once_each(accepted: list[list[tuple[str, tuple[int, int, int]]]]) -> bool:
-    """No stamp of a user was accepted twice, and each writer's own accepted stamps rise."""
-    every = [entry for part in accepted for entry in part]
-    per_user = [[order for user, order in part if user == raced] for part in accepted for raced in RACED_USERS]
-    return len(every) == len(set(every)) and all(orders == sorted(orders) for orders in per_user)
+def test_a_forked_child_and_its_parent_both_go_on(store):
+    store.put_rows(A, [whole("parent", stamp(1))])
+    child = os.fork()
+    if child == 0:
+        ok = store.put_rows(A, [whole("child", stamp(1))])[0] and get(store, "parent") is not None
+        os._exit(0 if ok else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert store.put_rows(A, [whole("parent", stamp(2))]) == [True]
+    wanted = [whole("parent", stamp(2)), whole("child", stamp(1))]
+    assert store.get_rows(A, ["parent", "child"]) == [bytes_of(put) for put in wanted]
 
 
-def race_threads(open_store: Callable[[], RowStore]) -> list[list[tuple[str, tuple[int, int, int]]]]:
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(lambda seed: offer_all(open_store(), seed), range(4)))
-
-
-def test_the_newest_row_wins_a_race_of_threads_on_one_store(store):
-    assert accepted_once_each(race_threads(lambda: store))
-    assert store.get_rows(A, RACED_USERS) == newest_marks()
-
-
-@pytest.mark.slow
-def test_the_newest_row_wins_a_race_of_processes(store):
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        accepted = pool.starmap(offer_all, [(store, seed) for seed in range(4)], chunksize=1)
-    assert accepted_once_each(accepted)
-    assert store.get_rows(A, RACED_USERS) == newest_marks()
-
-
-def test_a_reader_in_the_race_sees_whole_rows_that_never_go_back(store):
-    done, seen = threading.Event(), []
-
-    def watch() -> None:
-        while not done.is_set():
-            seen.append(store.get_rows(A, RACED_USERS))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        race_threads(lambda: store)
-    finally:
-        done.set()
-        watcher.join()
-    assert len(seen) > 10
-    for user in range(len(RACED_USERS)):
-        rows = [rows[user] for rows in seen if rows[user] is not None]
-        assert all(row.folded == row.recent for row in rows)
-        orders = [literal_eval(row.recent[: row.recent.index(b")") + 1].decode()) for row in rows]
-        assert orders == sorted(orders)
-
-
-def test_negative_control_an_older_row_wins_the_same_race_on_feasts_own_store(tmp_path):
-    # Imported late: the processes of the race above import this file, and Feast takes seconds.
-    from tests.feature_repo.stock_store import StockStore
-
-    store = StockStore(tmp_path / "stock.db")
-    accepted = race_threads(lambda: store)
-    assert not accepted_once_each(accepted)
-    rows = store.get_rows(A, RACED_USERS)
-    assert None not in rows
-    assert rows != newest_marks()
+def test_an_id_that_is_not_unicode_text_is_the_callers_fault(store):
+    with pytest.raises(InputError, match="not Unicode text"):
+        store.get_rows(A, ["u", "\ud800"])
+    with pytest.raises(InputError, match="not Unicode text"):
+        store.put_rows(A, [whole("\ud800", stamp(1))])
+    assert get(store, "u") is None

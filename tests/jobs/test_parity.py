@@ -10,7 +10,7 @@ import pytest
 
 from feature_repo.handle import StoreHandle
 from feature_repo.reader import Reader
-from feature_repo.store import row_put
+from feature_repo.store import whole_put
 from jobs.backfill import backfill
 from jobs.parity import compare_rows, in_chunks, raw_users
 from models.checkpoint import Checkpoint
@@ -56,7 +56,7 @@ def row_of(reader: Reader, user_id: str) -> Row:
 
 def plant(reader: Reader, row: Row) -> None:
     """Put this row for SOMEONE, by raising the revision."""
-    put = row_put(SOMEONE, replace(row, stamp=replace(row.stamp, revision=1)), None)
+    put = whole_put(SOMEONE, replace(row, stamp=replace(row.stamp, revision=1)))
     assert reader.rows.put_rows(reader.checkpoint.checkpoint_id, [put]) == [True]
 
 

@@ -236,7 +236,7 @@ def test_a_damaged_row_stops_the_stream(plan: StreamPlan, checkpoint: Checkpoint
     stamp = Stamp(epoch=1, partition=0, offset=-1)
     rows.put_rows(
         checkpoint.checkpoint_id,
-        [RowPut(user_id="u0", stamp=stamp, folded_stamp=stamp, folded=b"not a row at all", recent=b"nor this")],
+        [RowPut(user_id="u0", stamp=stamp, folded=b"not a row at all", recent=b"nor this")],
     )
 
     with pytest.raises(WireError, match="the stored row of user 'u0' cannot be used"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from feature_repo.sqlite_store import SqliteRows
-from feature_repo.store import RowPut, row_put
+from feature_repo.store import RowPut, whole_put
 from models.checkpoint import Checkpoint
 from models.errors import ForeignRowError, InputError, StoreError, WireError
 from models.event import Event
@@ -45,7 +45,7 @@ def batch(checkpoint: Checkpoint, events: Sequence[Event], first_offset: int = 0
 
 
 def put_of(user_id: str, row: RowBytes, stamp: Stamp) -> RowPut:
-    return RowPut(user_id=user_id, stamp=stamp, recent=row.recent, folded_stamp=stamp, folded=row.folded)
+    return RowPut(user_id=user_id, stamp=stamp, recent=row.recent, folded=row.folded)
 
 
 class LosesRaces(SqliteRows):
@@ -161,7 +161,7 @@ def test_a_row_repaired_in_between_is_read_again(checkpoint: Checkpoint, tmp_pat
     before = read_rows(rows, checkpoint, ["u0"])["u0"]
     repaired = Stamp(epoch=1, partition=0, offset=before.stamp.offset, revision=1)
     data = encode_folded(before.folded, repaired)
-    rows.repair = row_put("u0", replace(before, stamp=repaired, folded_stamp=repaired, folded_data=data), None)
+    rows.repair = whole_put("u0", replace(before, stamp=repaired, folded_stamp=repaired, folded_data=data))
 
     counts = update_rows(rows, checkpoint.fold(), batch(checkpoint, events[5:6], 5))
 

@@ -1,0 +1,98 @@
+"""Commands to a Redis server and their answers: one round trip, tried again for a moment, errors in our own words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry
+
+from feature_repo.redis_scripts import SCRIPTS, Script
+from feature_repo.redis_settings import RedisSettings
+from models.errors import StoreError, UnavailableError
+
+BACKOFF_BASE_S, BACKOFF_MAX_S = 0.05, 1.0
+# What a server says while it fails over or has no quorum; it heals by itself.
+_PASSING = ("MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
+_REMEDIES: tuple[tuple[type[RedisError], str], ...] = (
+    (AuthenticationError, "check VQL_REDIS_USERNAME and the file VQL_REDIS_PASSWORD_FILE"),
+    (AuthorizationError, "check VQL_REDIS_USERNAME and its rights"),
+    (NoPermissionError, "give this user the rights for the keys vql:* and the commands that are refused"),
+    (OutOfMemoryError, "raise its maxmemory, or erase a checkpoint that is not served any more"),
+)
+
+
+class RedisLink:
+    """A pool of connections to one server. Safe to share between threads; opened anew in a forked child by its owner.
+
+    Every call raises UnavailableError when the server does not answer within the settings' time and tries, or answers
+    that it is loading, failing over or read-only; StoreError with a remedy for any other refusal.
+    """
+
+    def __init__(self, settings: RedisSettings) -> None:
+        # The address without its path names the server in messages; it can hold no password.
+        self.name = urlsplit(settings.url).netloc or settings.url
+        self._retry = Retry(ExponentialWithJitterBackoff(cap=BACKOFF_MAX_S, base=BACKOFF_BASE_S), settings.retries)
+        # Retries are made here, for the whole round trip: within redis-py they would multiply at each level.
+        self._client = redis.Redis.from_url(settings.url, **settings.client(), retry=Retry(NoBackoff(), 0))
+
+    def run(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answers to these commands, in order, in one round trip (two when the server lacks a script)."""
+        try:
+            answers = self._send_patiently(commands)
+            lacking = [n for n, answer in enumerate(answers) if isinstance(answer, NoScriptError)]
+            if lacking:
+                loads = [("SCRIPT LOAD", script.text) for script in SCRIPTS]
+                again = self._send_patiently([*loads, *(commands[n] for n in lacking)])
+                for n, answer in zip(lacking, again[len(loads) :], strict=True):
+                    answers[n] = answer
+            for answer in answers:
+                if isinstance(answer, RedisError):
+                    raise answer
+        except (RedisError, OSError) as error:
+            raise self._explained(error) from error
+        return answers
+
+    def close(self) -> None:
+        """Give the connections back; a later call makes new ones."""
+        self._client.close()
+        self._client.connection_pool.disconnect()
+
+    def _send_patiently(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return self._retry.call_with_retry(lambda: self._send(commands), lambda _: None, _may_pass)
+
+    def _send(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        pipeline = self._client.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        return pipeline.execute(raise_on_error=False)
+
+    def _explained(self, error: RedisError | OSError) -> StoreError:
+        for kind, remedy in _REMEDIES:
+            if isinstance(error, kind):
+                return StoreError(f"online store {self.name}: {error}; {remedy}")
+        if not isinstance(error, ResponseError) or isinstance(error, ReadOnlyError) or str(error).startswith(_PASSING):
+            return UnavailableError(f"online store {self.name} does not answer: {error}; start it, or try again later")
+        return StoreError(f"online store {self.name}: {error}; look at the server's log")
+
+
+def run_script(script: Script, keys: Sequence[bytes], arguments: Sequence[bytes | str | int]) -> tuple[Any, ...]:
+    """The command that runs a script."""
+    return ("EVALSHA", script.sha, len(keys), *keys, *arguments)
+
+
+def _may_pass(error: Exception) -> bool:
+    return not isinstance(error, AuthenticationError | AuthorizationError)

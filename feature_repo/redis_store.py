@@ -1,0 +1,293 @@
+"""`RedisRows`: the online store of many machines, on Redis 6.2 or newer (or Valkey). Knows no Feast.
+
+A row is one hash with the fields s (stamp), r (recent) and f (folded); its key has the user's shard as hash tag, so
+that one script call writes all rows of a shard, and a cluster can spread the shards. Beside each shard's rows is the
+index of its users, kept by the same script: `count_rows` is exact, and nothing ever scans the key space.
+
+What a loss leaves. Redis may lose its last writes in a crash or failover, or all of them. Rows, positions and the
+backfill record go back together, to one moment; what must not happen is that a running writer goes on from its own
+later one. So each writer keeps a tally of its puts in the store, which every read and commit compares with what was
+acknowledged: a store that went back is a StoreError, and the writer's restart resumes at the store's own positions.
+A store that was emptied is known by its generation, a name it gets when it is first written to: it is a StoreError
+too, for readers as well, and never taken for a store of new users. Eviction would forget users one by one, so a
+server that evicts is refused.
+
+An expired row (ttl_s after its last write) is absent for everyone, the fence included: its writer starts anew.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+from zlib import crc32
+
+import msgspec
+
+from feature_repo.redis_link import RedisLink, run_script
+from feature_repo.redis_scripts import (
+    COMMIT_POSITIONS,
+    COUNT_ROWS,
+    DELETE_ROW,
+    DELETE_SOME,
+    PUT_ROWS,
+    RECORD_BACKFILL,
+    SCRIPTS,
+    TALLY,
+    Script,
+)
+from feature_repo.redis_settings import RedisSettings
+from feature_repo.store import Backfill, RowPut
+from models.errors import InputError, StoreError
+from models.row import RowBytes
+from models.wire import Stamp
+
+SHARDS = 64
+USERS_PER_READ = 1000
+ROWS_PER_PUT, BYTES_PER_PUT = 2000, 8 << 20
+USERS_PER_DELETE = 200
+TALLY_KEPT_S = 30 * 86_400
+GENERATION, CHECKPOINTS = b"vql:{meta}:generation", b"vql:{meta}:checkpoints"
+
+
+class RedisRows:
+    """`feature_repo.store.RowStore` on one Redis server. Picklable: the copy connects anew.
+
+    Raises UnavailableError while the server does not answer; StoreError (server and remedy) where it refuses, evicts,
+    or was emptied or set back while in use; InputError for a user id that is not Unicode text.
+    """
+
+    def __init__(self, settings: RedisSettings) -> None:
+        self.settings = settings
+        self._ttl_ms = 0 if settings.ttl_s is None else max(1, int(settings.ttl_s * 1000))
+        self._opened: _Opened | None = None
+        self._opening = threading.Lock()
+
+    def __reduce__(self):
+        return RedisRows, (self.settings,)
+
+    def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
+        opened, shards, found = self._open(), _shards(checkpoint_id), []
+        for start in range(0, len(user_ids), USERS_PER_READ):
+            users = [_encoded(user_id) for user_id in user_ids[start : start + USERS_PER_READ]]
+            commands = [("HMGET", shards[crc32(user) % SHARDS][1] + user, b"f", b"r") for user in users]
+            found += opened.ask(commands)
+        return [None if folded is None else RowBytes(folded=folded, recent=recent) for folded, recent in found]
+
+    def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
+        if not puts:
+            return []
+        opened = self._open_to_write()
+        return [done for chunk in _chunks(puts) for done in self._put(opened, checkpoint_id, chunk)]
+
+    def _put(self, opened: _Opened, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
+        calls = _calls_by_shard(checkpoint_id, puts, self._ttl_ms)
+        commands = [run_script(PUT_ROWS, keys, arguments) for keys, arguments, _ in calls]
+        done = [False] * len(puts)
+        for (_, _, places), answer in zip(calls, opened.put(checkpoint_id, commands), strict=True):
+            for place, accepted in zip(places, answer, strict=True):
+                done[place] = accepted == ord("1")
+        return done
+
+    def count_rows(self, checkpoint_id: str) -> int:
+        return sum(self._open().ask([run_script(COUNT_ROWS, [index], []) for index, _ in _shards(checkpoint_id)]))
+
+    def delete_user(self, user_id: str) -> int:
+        user, opened = _encoded(user_id), self._open()
+        (checkpoint_ids,) = opened.ask([("SMEMBERS", CHECKPOINTS)])
+        places = [_shards(checkpoint_id.decode())[crc32(user) % SHARDS] for checkpoint_id in checkpoint_ids]
+        return sum(opened.ask([run_script(DELETE_ROW, [index, prefix + user], [user]) for index, prefix in places]))
+
+    def delete_checkpoint(self, checkpoint_id: str) -> int:
+        opened, rows = self._open(), 0
+        opened.ask([("DEL", _backfill_key(checkpoint_id), _positions_key(checkpoint_id))])
+        for index, prefix in _shards(checkpoint_id):
+            users = 1
+            while users:
+                started_s = time.monotonic()
+                ((users, deleted),) = opened.ask([run_script(DELETE_SOME, [index], [prefix, USERS_PER_DELETE])])
+                rows += deleted
+                # Half of the server's time stays with the others.
+                time.sleep(time.monotonic() - started_s if users else 0)
+        opened.ask([("SREM", CHECKPOINTS, checkpoint_id)])
+        return rows
+
+    # The next two are what a writer asks first: from then on it must notice a loss.
+    def positions(self, checkpoint_id: str) -> dict[int, tuple[int, int]]:
+        (stored,) = self._open_to_write().ask([("HGETALL", _positions_key(checkpoint_id))])
+        return {int(p): (int(epoch), int(offset)) for p, (epoch, offset) in ((p, v.split()) for p, v in stored.items())}
+
+    def backfill(self, checkpoint_id: str) -> Backfill | None:
+        (record,) = self._open_to_write().ask([("GET", _backfill_key(checkpoint_id))])
+        return None if record is None else msgspec.json.decode(record, type=Backfill)
+
+    def commit_positions(self, checkpoint_id: str, epoch: int, offsets: Mapping[int, int]) -> None:
+        arguments = [epoch, *(number for pair in offsets.items() for number in pair)]
+        self._open_to_write().record(COMMIT_POSITIONS, _positions_key(checkpoint_id), arguments)
+
+    def record_backfill(self, checkpoint_id: str, backfill: Backfill) -> None:
+        self._open_to_write().record(RECORD_BACKFILL, _backfill_key(checkpoint_id), [msgspec.json.encode(backfill)])
+
+    def close(self) -> None:
+        with self._opening:
+            opened, self._opened = self._opened, None
+        if opened is not None:
+            opened.link.close()
+
+    def remove(self) -> None:
+        opened = self._open()
+        (checkpoint_ids,) = opened.ask([("SMEMBERS", CHECKPOINTS)])
+        for checkpoint_id in checkpoint_ids:
+            self.delete_checkpoint(checkpoint_id.decode())
+        opened.link.run([("DEL", CHECKPOINTS, GENERATION)])
+        self.close()
+
+    def _open(self) -> _Opened:
+        with self._opening:
+            if self._opened is None or self._opened.pid != os.getpid():
+                self._opened = _Opened(RedisLink(self.settings))
+            return self._opened
+
+    def _open_to_write(self) -> _Opened:
+        opened = self._open()
+        opened.begin_to_write()
+        return opened
+
+
+class _Opened:
+    """One process's dealings with the store, from its first call to `close`: it notices when the store is lost."""
+
+    def __init__(self, link: RedisLink) -> None:
+        self.link = link
+        self.pid = os.getpid()
+        self._generation: bytes | None = None
+        self._tally: bytes | None = None
+        self._puts = 0  # acknowledged
+        self._writing = threading.Lock()
+
+    def ask(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The answers, which all come from the store that was opened and not from an earlier state of it."""
+        # The tally is read behind the rows and compared with what was acknowledged before them.
+        tally, puts = self._tally, self._puts
+        *answers, (generation, stored) = self.link.run([*commands, ("MGET", GENERATION, tally or GENERATION)])
+        if self._generation is None:
+            self._generation = generation
+        if generation != self._generation:
+            raise StoreError(
+                f"online store {self.link.name} was emptied or replaced while in use; run vql backfill, then start "
+                "this program again"
+            )
+        if tally is not None and int(stored or -1) < puts:
+            raise StoreError(
+                f"online store {self.link.name} went back to an earlier state (a restart or failover lost its last "
+                "writes); start this program again: it goes on from what the store holds"
+            )
+        return answers
+
+    def begin_to_write(self) -> None:
+        """Name the store if it is new, and begin a tally in it."""
+        with self._writing:
+            if self._tally is not None:
+                return
+            memory, *_ = self.link.run([("INFO", "memory"), *(("SCRIPT LOAD", script.text) for script in SCRIPTS)])
+            if memory["maxmemory_policy"] != "noeviction":
+                raise StoreError(
+                    f"online store {self.link.name} evicts ({memory['maxmemory_policy']}), which would make users new; "
+                    "set its maxmemory-policy to noeviction"
+                )
+            tally = b"vql:{meta}:tally:" + uuid.uuid4().hex.encode()
+            if self._generation is None:
+                self.link.run([("SET", GENERATION, uuid.uuid4().hex, "NX")])
+            self.ask([("SET", tally, self._puts, "EX", TALLY_KEPT_S)])
+            self._tally = tally
+
+    def put(self, checkpoint_id: str, commands: list[tuple[Any, ...]]) -> list[bytes]:
+        """The answers to these puts, which count as one in the tally; they take turns, or it would be ambiguous."""
+        with self._writing:
+            counted = run_script(TALLY, [GENERATION, self._tally], [self._generation, self._puts, TALLY_KEPT_S])
+            _, *answers, held = self.link.run([("SADD", CHECKPOINTS, checkpoint_id), *commands, counted])
+            self._require(held)
+            self._puts += 1
+        return answers
+
+    def record(self, script: Script, key: bytes, arguments: Sequence[bytes | int]) -> None:
+        """Write what claims that rows are in the store, unless some that were are lost."""
+        with self._writing:
+            keys = [GENERATION, self._tally, key]
+            (held,) = self.link.run([run_script(script, keys, [self._generation, self._puts, *arguments])])
+            self._require(held)
+
+    def _require(self, held: int) -> None:
+        if not held:
+            self.ask([])
+            raise StoreError(f"online store {self.link.name} does not know this writer any more; start it again")
+
+
+def packed_stamp(stamp: Stamp) -> bytes:
+    """The stamp as digits of fixed width, which compare as text in the stamps' order; the partition is the tail."""
+    return b"%010d%019d%010d%010d" % (stamp.epoch, stamp.offset + 1, stamp.revision, stamp.partition)
+
+
+@lru_cache(maxsize=16)
+def _shards(checkpoint_id: str) -> list[tuple[bytes, bytes]]:
+    """Each shard's index of users, and the prefix of its rows' keys."""
+    names = [f"vql:{{{shard}}}:" for shard in range(SHARDS)]
+    return [(f"{n}users:{checkpoint_id}".encode(), f"{n}row:{checkpoint_id}:".encode()) for n in names]
+
+
+def _positions_key(checkpoint_id: str) -> bytes:
+    return f"vql:{{meta}}:positions:{checkpoint_id}".encode()
+
+
+def _backfill_key(checkpoint_id: str) -> bytes:
+    return f"vql:{{meta}}:backfill:{checkpoint_id}".encode()
+
+
+def _encoded(user_id: str) -> bytes:
+    try:
+        return user_id.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"user id {user_id!r} is not Unicode text ({error.reason}); no event can carry it") from error
+
+
+def _chunks(puts: Sequence[RowPut]) -> Iterator[Sequence[RowPut]]:
+    """Parts that fit a round trip: a user's puts stay in order."""
+    start = size_bytes = 0
+    for n, put in enumerate(puts):
+        size_bytes += len(put.recent) + len(put.folded or b"")
+        if n + 1 - start == ROWS_PER_PUT or size_bytes >= BYTES_PER_PUT:
+            yield puts[start : n + 1]
+            start, size_bytes = n + 1, 0
+    if start < len(puts):
+        yield puts[start:]
+
+
+def _calls_by_shard(
+    checkpoint_id: str, puts: Sequence[RowPut], ttl_ms: int
+) -> list[tuple[list[bytes], list[bytes | int], list[int]]]:
+    """The keys and arguments of PUT_ROWS for each shard, and which puts they are. The hot path: plain and flat."""
+    shards = _shards(checkpoint_id)
+    calls: dict[int, tuple[list[bytes], list[bytes | int], list[int]]] = {}
+    for place, put in enumerate(puts):
+        user = _encoded(put.user_id)
+        shard = crc32(user) % SHARDS
+        index, prefix = shards[shard]
+        call = calls.get(shard)
+        if call is None:
+            call = calls[shard] = ([index], [ttl_ms, len(prefix)], [])
+        keys, arguments, places = call
+        keys.append(prefix + user)
+        places.append(place)
+        follows = put.follows
+        if follows is None:
+            arguments += (b"any", packed_stamp(put.stamp), b"", put.recent, put.folded)
+        elif put.folded is None:
+            arguments += (b"part", packed_stamp(put.stamp), packed_stamp(follows), put.recent)
+        else:
+            how = b"first" if follows.offset < 0 else b"next"
+            arguments += (how, packed_stamp(put.stamp), packed_stamp(follows), put.recent, put.folded)
+    return list(calls.values())

@@ -1,0 +1,153 @@
+"""A server that is slow, away, locked or full: what a caller is told, and how soon."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+from feature_repo.redis_settings import RedisSettings
+from feature_repo.redis_store import RedisRows
+from models.errors import StoreError, UnavailableError
+from tests.feature_repo.subjects import A, bytes_of, get, stamp, whole
+from tests.redis_server import MEMORY_ONLY, RedisServer, free_port, running_redis
+
+PASSWORD = "a-secret-of-the-tests"
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A server of the test's own, to be stopped and spoilt."""
+    with running_redis(tmp_path) as own:
+        yield own
+
+
+def open_rows(server: RedisServer, **given) -> RedisRows:
+    return RedisRows(RedisSettings(url=server.url, **{"timeout_s": 0.5, "retries": 1} | given))
+
+
+def seconds_until_unavailable(call) -> float:
+    started_s = time.monotonic()
+    with pytest.raises(UnavailableError, match=r"127\.0\.0\.1:\d+ does not answer.*try again later"):
+        call()
+    return time.monotonic() - started_s
+
+
+def test_a_server_that_was_never_there_is_unavailable_soon():
+    rows = RedisRows(RedisSettings(url=f"redis://127.0.0.1:{free_port()}", timeout_s=0.5))
+    assert seconds_until_unavailable(lambda: get(rows, "u")) < 10
+
+
+def test_a_server_that_stops_is_unavailable_for_every_call_and_used_again_when_it_is_back(server):
+    rows = open_rows(server)
+    get(rows, "u")
+    server.stop()
+    for call in (
+        lambda: get(rows, "u"),
+        lambda: rows.put_rows(A, [whole("u", stamp(1))]),
+        lambda: rows.commit_positions(A, 0, {0: 1}),
+        lambda: rows.count_rows(A),
+        lambda: rows.delete_user("u"),
+    ):
+        assert seconds_until_unavailable(call) < 5
+    server.start()
+    assert rows.put_rows(A, [whole("u", stamp(1))]) == [True]
+
+
+def test_a_server_that_hangs_is_unavailable_in_bounded_time(server):
+    rows = open_rows(server)
+    rows.put_rows(A, [whole("u", stamp(1))])
+    server.process.send_signal(signal.SIGSTOP)
+    try:
+        assert seconds_until_unavailable(lambda: rows.put_rows(A, [whole("u", stamp(2))])) < 5
+    finally:
+        server.process.send_signal(signal.SIGCONT)
+    assert rows.put_rows(A, [whole("u", stamp(3))]) == [True]
+    assert get(rows, "u") == bytes_of(whole("u", stamp(3)))
+
+
+def test_a_short_absence_is_waited_for(server):
+    rows = open_rows(server, retries=8)
+    get(rows, "u")
+    server.stop()
+    back = threading.Timer(0.3, server.start)
+    back.start()
+    assert rows.put_rows(A, [whole("u", stamp(1))]) == [True]
+    back.join()
+
+
+def test_a_server_that_forgot_the_scripts_is_told_them_again(server):
+    rows = open_rows(server)
+    for n in range(3):
+        with server.client() as client:
+            client.script_flush()
+        puts = [whole(f"u{user}", stamp(n)) for user in range(300)]
+        assert rows.put_rows(A, puts) == [True] * 300
+        with server.client() as client:
+            client.script_flush()
+        assert rows.count_rows(A) == 300
+    assert rows.positions(A) == {}
+
+
+def test_the_password_comes_from_its_file_and_a_wrong_one_is_not_tried_for_long(tmp_path):
+    (tmp_path / "password").write_text(f"{PASSWORD}\n")
+    (tmp_path / "wrong").write_text("guess")
+    with running_redis(tmp_path, password=PASSWORD) as server:
+        rows = open_rows(server, password_file=tmp_path / "password")
+        assert rows.put_rows(A, [whole("u", stamp(1))]) == [True]
+        for given in ({}, {"password_file": tmp_path / "wrong"}):
+            with pytest.raises(StoreError, match="check VQL_REDIS_USERNAME and the file VQL_REDIS_PASSWORD_FILE") as e:
+                get(open_rows(server, **given, retries=50), "u")
+            assert not isinstance(e.value, UnavailableError)
+            assert "guess" not in str(e.value)
+
+
+def test_a_ranker_needs_no_right_but_to_read(server, tmp_path):
+    (tmp_path / "password").write_text(PASSWORD)
+    open_rows(server).put_rows(A, [whole("u", stamp(1))])
+    with server.client() as client:
+        rights = ("+hmget", "+mget", "+select", "+client")
+        client.execute_command("ACL SETUSER", "ranker", "on", f">{PASSWORD}", "~vql:*", *rights)
+    rows = open_rows(server, username="ranker", password_file=tmp_path / "password")
+    assert get(rows, "u") == bytes_of(whole("u", stamp(1)))
+    with pytest.raises(StoreError, match=r"give this user the rights for the keys vql:\*"):
+        rows.put_rows(A, [whole("u", stamp(2))])
+
+
+def test_a_full_server_is_an_error_with_the_remedy_and_what_was_written_stays(server):
+    rows = open_rows(server)
+    rows.put_rows(A, [whole("u", stamp(1))])
+    with server.client() as client:
+        client.config_set("maxmemory", client.info("memory")["used_memory"])
+    with pytest.raises(StoreError, match="raise its maxmemory") as caught:
+        rows.put_rows(A, [whole(f"u{n}", stamp(2)) for n in range(100)])
+    assert not isinstance(caught.value, UnavailableError)
+    assert get(rows, "u") == bytes_of(whole("u", stamp(1)))
+
+
+def test_a_replica_that_takes_no_writes_is_unavailable_until_it_is_promoted(server):
+    rows = open_rows(server)
+    rows.put_rows(A, [whole("u", stamp(1))])
+    with server.client() as client:
+        client.replicaof("127.0.0.1", free_port())
+        assert seconds_until_unavailable(lambda: rows.put_rows(A, [whole("u", stamp(2))])) < 5
+        assert get(rows, "u") is not None
+        client.replicaof("NO", "ONE")
+    assert rows.put_rows(A, [whole("u", stamp(2))]) == [True]
+
+
+def test_tls_is_spoken_to_a_server_whose_certificate_the_given_file_vouches_for(tmp_path):
+    key, ca, port = tmp_path / "key.pem", tmp_path / "ca.pem", free_port()
+    made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
+    named = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(ca)]
+    subprocess.run([*made, *named], check=True, capture_output=True)
+    files = ("--tls-key-file", str(key), "--tls-cert-file", str(ca), "--tls-ca-cert-file", str(ca))
+    with running_redis(tmp_path, (*MEMORY_ONLY, "--tls-port", str(port), "--tls-auth-clients", "no", *files)):
+        url = f"rediss://127.0.0.1:{port}/0"
+        rows = RedisRows(RedisSettings(url=url, ssl_ca_file=ca))
+        assert rows.put_rows(A, [whole("u", stamp(1))]) == [True]
+        with pytest.raises(StoreError, match="certificate"):
+            get(RedisRows(RedisSettings(url=url, retries=0)), "u")
