@@ -27,12 +27,12 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.spark import SPARK_ERRORS, errors_of_workers, read_delta, said_by, table_version
 from models.errors import InputError
-from models.event import Event, parse_batch
+from models.event import UNKNOWN_TIME, Event, Records, parse_batch
 
 EVENT_FIELDS = tuple(f for f in Event.__struct_fields__)
 LOG_SCHEMA = (
     "epoch int, partition int, offset long, event_id string, user_id string, item_id string, action string, "
-    "event_time_ms long, weight double, value binary"
+    "event_time_ms long, weight double, log_time_ms long, value binary"
 )
 CHECKED_ARROW = pa.schema(
     [
@@ -200,7 +200,15 @@ def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
         values = [v.encode() for v in batch["value"].to_pylist()]
         sources = batch["source"]
-        good, rejects = parse_batch(values, np.arange(len(values)))
+        records = Records(
+            epoch=0,
+            partition=0,
+            offset_N=np.arange(len(values)),
+            log_time_ms_N=np.full(len(values), UNKNOWN_TIME),
+            keys=[None] * len(values),
+            values=values,
+        )
+        good, rejects = parse_batch(records)
         yield _checked(
             event_id=good.event_ids,
             user_id=good.user_ids,
@@ -267,7 +275,9 @@ def _append(spark: SparkSession, events: DataFrame, path: Path, new: NewLog) -> 
         F.lit(facts.epoch).cast("int").alias("epoch"),
         "partition",
         (F.coalesce("end", F.lit(-1)) + F.row_number().over(order)).cast("long").alias("offset"),
-        *("event_id", "user_id", "item_id", "action", "event_time_ms", "weight", "value"),
+        *("event_id", "user_id", "item_id", "action", "event_time_ms", "weight"),
+        F.lit(None).cast("long").alias("log_time_ms"),
+        "value",
     )
     run = uuid.uuid4().hex
     # The next version of this application after the one that the table shows: of two ingests that saw the same, Delta

@@ -1,9 +1,13 @@
 """A user's row: the folded cache, the recent events beside it, and the one rule that keeps both exact.
 
 The row is the state. Every writer (stream, backfill, repair) calls `advance`: events at or below the stamp are
-skipped, the rest are appended to `recent`, and whenever `recent` holds 2 W events the oldest W are folded. What
-is folded therefore depends only on the sequence of accepted events, never on how it was cut into batches: a
-stream and a backfill build the same row. With W = 0 every event is folded at once.
+skipped, repeats and what a tombstone erases are left out (`models.recent`), the rest are appended to `recent`, and
+whenever `recent` holds 2 W events the oldest W are folded. What is folded therefore depends only on the sequence of
+accepted events, never on how it was cut into batches: a stream and a backfill build the same row. With W = 0 every
+event is folded at once.
+
+An erased user's row stays, empty and stamped with the tombstone: were it gone, a slow writer could bring back what
+it read before.
 
 Reading is the inverse: the user's cache is `folded` with `recent` folded in (`whole_cache`).
 Knows items only as indices of an item table. Shapes: as in `cache`.
@@ -13,12 +17,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from typing import NamedTuple
 
 import numpy as np
 
 from models.cache import Cache, CacheSpec, EncodedEvents, empty, fold
 from models.errors import CheckpointError
 from models.item_table import ItemTable
+from models.recent import accept
 from models.wire import (
     FOLDED_MAGIC,
     RECENT,
@@ -100,7 +106,10 @@ class Fold:
 
 def new_row(spec: CacheSpec, epoch: int, partition: int, revision: int = 0) -> Row:
     """A user of whom nothing is known: complete up to the position before the first."""
-    stamp = Stamp(epoch=epoch, partition=partition, offset=-1, revision=revision)
+    return _empty_row(spec, Stamp(epoch=epoch, partition=partition, offset=-1, revision=revision))
+
+
+def _empty_row(spec: CacheSpec, stamp: Stamp) -> Row:
     return Row(
         spec=spec,
         folded_data=encode_folded(empty(spec), stamp),
@@ -111,25 +120,48 @@ def new_row(spec: CacheSpec, epoch: int, partition: int, revision: int = 0) -> R
     )
 
 
-def advance(row: Row, events: np.ndarray, position: Stamp, using: Fold) -> tuple[Row, int]:
-    """The row with these events (dtype RECENT, one user, rising offsets), and how many were skipped.
+class Left(NamedTuple):
+    """Records that `advance` did not add: already in the row, a producer's repeats, tombstones and what they erased."""
+
+    skipped: int = 0
+    repeated: int = 0
+    erased: int = 0
+
+
+def advance(row: Row, events: np.ndarray, position: Stamp, using: Fold) -> tuple[Row, Left]:
+    """The row with these events (dtype RECENT, one user, rising offsets), and how many were left out.
 
     `position` carries the epoch and partition of the events; its offset is not used. Events at or below the row's
     stamp are already in it. A row without new events comes back unchanged (the same object), and one whose folded
-    part did not change keeps the same folded_data. Raises WireError when a folded part to be changed is malformed.
+    part did not change keeps the same folded_data. The stamp is that of the last event added, or of a tombstone.
+    Raises WireError when a folded part to be changed is malformed.
     """
-    # Offsets rise, so what is covered comes first.
-    covered = takewhile(lambda offset: row.stamp.covers(position.epoch, offset), recent_offsets(events).tolist())
-    skipped = sum(1 for _ in covered)
-    if skipped == len(events):
-        return row, skipped
+    skipped = _covered(row.stamp, position.epoch, events)
     fresh = events[skipped:]
-    stamp = replace(position, offset=int(recent_offsets(fresh[-1:])[0]), revision=row.stamp.revision)
-    if stamp.epoch != row.stamp.epoch:
+    if len(fresh) == 0:
+        return row, Left(skipped)
+    if position.epoch != row.stamp.epoch:
         # Offsets of two epochs do not compare: what is left of the old one is folded under its own stamp.
         row = _fold_oldest(row, len(row.recent), using)
-    row = replace(row, recent=np.concatenate([row.recent, fresh]), stamp=stamp)
-    return _fold_oldest(row, _ripe(len(row.recent), using.window), using), skipped
+    added, repeated, tombstone = accept(row.recent, fresh, using.window)
+    if tombstone >= 0:
+        at = replace(position, offset=int(fresh["position"][tombstone]) >> 16, revision=row.stamp.revision)
+        row = _empty_row(row.spec, at)
+    left = Left(skipped, repeated, tombstone + 1)
+    if len(added) == 0:
+        return row, left
+    last = int(added["position"][-1]) >> 16
+    stamp = replace(position, offset=last, revision=row.stamp.revision)
+    row = replace(row, recent=np.concatenate([row.recent, added]), stamp=stamp)
+    return _fold_oldest(row, _ripe(len(row.recent), using.window), using), left
+
+
+def _covered(stamp: Stamp, epoch: int, events: np.ndarray) -> int:
+    """How many of the events, from the first on, are at or below the stamp."""
+    if len(events) == 0 or not stamp.covers(epoch, int(events["position"][0]) >> 16):
+        return 0
+    covered = takewhile(lambda offset: stamp.covers(epoch, offset), recent_offsets(events).tolist())
+    return sum(1 for _ in covered)
 
 
 def _fold_oldest(row: Row, count: int, using: Fold) -> Row:

@@ -107,9 +107,9 @@ def _step(user: UserEvents, data: RowBytes | None, position: Stamp, using: Fold)
     stored = None if data is None else _stored_row(user.user_id, data, position, using)
     before = new_row(using.spec, position.epoch, position.partition) if stored is None else stored
     with _explaining(user.user_id):
-        after, skipped = advance(before, user.events, position, using)
+        after, left = advance(before, user.events, position, using)
     put = None if after is before else row_put(user.user_id, after, stored)
-    return _Step(user=user, skipped=skipped, put=put)
+    return _Step(user=user, skipped=sum(left), put=put)
 
 
 def _stored_row(user_id: str, data: RowBytes, position: Stamp, using: Fold) -> Row:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models.cache import CacheSpec, delta
 from models.errors import ForeignRowError, WireError
 from models.item_table import ItemTable
-from models.row import Fold, Row, RowBytes, advance, decode_row, encode_row, new_row, whole_cache
+from models.row import Fold, Left, Row, RowBytes, advance, decode_row, encode_row, new_row, whole_cache
 from models.wire import RECENT, Stamp, pack_recent, recent_offsets
 from tests.models.test_cache import HOUR_MS, START_MS, make_spec
 from tests.small import random_events, small_checkpoint
@@ -55,8 +55,8 @@ def make_log(count: int, seed: int = 0, gap: int = 3) -> np.ndarray:
 def advance_all(using: Fold, batches: list[np.ndarray]) -> Row:
     row = new_row(using.spec, 0, 0)
     for batch in batches:
-        row, skipped = advance(row, batch, POSITION, using)
-        assert skipped == 0
+        row, left = advance(row, batch, POSITION, using)
+        assert left.skipped == 0
     return row
 
 
@@ -107,8 +107,8 @@ def test_replays_of_any_part_of_the_log_change_nothing(window, replays):
     row, done = new_row(using.spec, 0, 0), 0
     for start, end in [*replays, (0, 30)]:
         start, end = min(start, done), max(start, end)
-        row, skipped = advance(row, log[start:end], POSITION, using)
-        assert skipped == min(done, end) - start
+        row, left = advance(row, log[start:end], POSITION, using)
+        assert left.skipped == min(done, end) - start
         done = max(done, end)
     assert_same_row(row, advance_all(using, [log]))
 
@@ -117,27 +117,27 @@ def test_replays_of_any_part_of_the_log_change_nothing(window, replays):
 def test_a_row_without_new_events_comes_back_as_the_same_object(window):
     using, log = make_fold(window), make_log(20)
     row = advance_all(using, [log])
-    assert advance(row, log, POSITION, using) == (row, 20)
+    assert advance(row, log, POSITION, using)[1] == Left(skipped=20)
     assert advance(row, log, POSITION, using)[0] is row
-    assert advance(row, log[:0], POSITION, using) == (row, 0)
+    assert advance(row, log[:0], POSITION, using) == (row, Left())
 
 
 def test_events_at_or_below_the_stamp_are_skipped_and_counted():
     using, log = make_fold(4), make_log(10, gap=1)
     row = replace(new_row(using.spec, 0, 0), stamp=Stamp(epoch=0, partition=0, offset=6))
-    row, skipped = advance(row, log, POSITION, using)
-    assert skipped == 7
+    row, left = advance(row, log, POSITION, using)
+    assert left.skipped == 7
     assert recent_offsets(row.recent).tolist() == [7, 8, 9]
 
 
 def test_a_new_epoch_starts_its_offsets_again_and_an_old_one_is_skipped():
     using, log = make_fold(4), make_log(3, gap=1)
     row = advance_all(using, [log])
-    row, skipped = advance(row, log, Stamp(epoch=1, partition=5, offset=0), using)
-    assert (skipped, row.count) == (0, 6)
+    row, left = advance(row, log, Stamp(epoch=1, partition=5, offset=0), using)
+    assert (left.skipped, row.count) == (0, 6)
     assert row.stamp == Stamp(epoch=1, partition=5, offset=2)
-    again, skipped = advance(row, make_log(100), POSITION, using)
-    assert (skipped, again) == (100, row)
+    again, left = advance(row, make_log(100), POSITION, using)
+    assert (left.skipped, again) == (100, row)
 
 
 def test_what_is_folded_is_never_stamped_later_than_the_row():
