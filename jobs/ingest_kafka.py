@@ -28,14 +28,14 @@ from pyspark.sql import functions as F
 from pyspark.sql.streaming import StreamingQuery
 
 from jobs.event_log import create_log, log_facts
-from jobs.spark import errors_of_workers, said_by
-from jobs.topic_batches import BatchWriter, NotBegun, OpenedTopic, TopicReport, TopicSource
+from jobs.spark import errors_of_workers
+from jobs.topic_batches import BatchWriter, NotBegun, OpenedTopic, TopicReport, TopicSource, planned_ends
 from models.errors import InputError
 from models.event import UNKNOWN_TIME
 from models.files import locked
 
 SIGNAL_WAIT_S = 0.5
-DATA_LOSS = "KAFKA_DATA_LOSS"
+DATA_LOSS = ("KAFKA_DATA_LOSS", "Some data may have been lost")
 
 
 @errors_of_workers()
@@ -52,6 +52,7 @@ def ingest_topic(spark: SparkSession, source: TopicSource, log: Path, continuous
         checkpoint = folder / f"{source.epoch}-{opened.identity.topic_id}"
         writer = BatchWriter(source=source, identity=opened.identity, log=log, checkpoint=checkpoint)
         _refuse_lost_checkpoint(checkpoint, log, writer.application)
+        _refuse_lost_records(checkpoint, source.name, opened)
         started_s = time.monotonic()
         stream = _read_topic(spark, source, opened).writeStream.foreachBatch(writer.write)
         stream = stream.option("checkpointLocation", str(checkpoint)).queryName(f"ingest {source.name}")
@@ -107,6 +108,17 @@ def _refuse_lost_checkpoint(checkpoint: Path, log: Path, application: str) -> No
             )
 
 
+def _refuse_lost_records(checkpoint: Path, topic: str, opened: OpenedTopic) -> None:
+    """Spark would notice as well, but does not say which records."""
+    done = [int(path.name) for path in (checkpoint / "commits").glob("[0-9]*")]
+    if not done:
+        return
+    for partition, offset in planned_ends(checkpoint, max(done), topic).items():
+        if offset < opened.begins[partition]:
+            what = f"partition {partition}: offset {offset} was next, and it begins at {opened.begins[partition]}"
+            raise InputError(_lost(topic, what))
+
+
 def _read_topic(spark: SparkSession, source: TopicSource, opened: OpenedTopic) -> DataFrame:
     partitions = list(range(opened.identity.partitions))
     reader = spark.readStream.format("kafka").options(**source.options)
@@ -127,19 +139,19 @@ def _finish(query: StreamingQuery, writer: BatchWriter, source: TopicSource) -> 
     except StreamingQueryException as error:
         if isinstance(writer.failure, NotBegun):
             return
-        if writer.failure is not None and DATA_LOSS not in str(writer.failure):
+        if any(words in str(error) for words in DATA_LOSS):
+            raise InputError(_lost(source.name, "retention deleted records of a batch that was being read")) from error
+        if writer.failure is not None:
             raise writer.failure from error
-        if DATA_LOSS in str(error):
-            raise InputError(_lost(source, said_by(error))) from error
         raise
     finally:
         query.stop()
 
 
-def _lost(source: TopicSource, said: str) -> str:
+def _lost(topic: str, what: str) -> str:
     return (
-        f"topic {source.name} no longer has records that were not ingested yet ({said}); nothing was skipped: restore "
-        "them, or accept the loss with a higher --epoch, which ingests all that the topic still has anew"
+        f"topic {topic} no longer has records that were not ingested yet ({what}); nothing was skipped: restore them, "
+        "or accept the loss with a higher --epoch, which ingests all that the topic still has anew"
     )
 
 

@@ -31,8 +31,9 @@ def open_spark(master: str = LOCAL, name: str = "vql", jars: Sequence[Path] = ()
     """
     require_java()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    # pyspark logs every analysis error with its Java stack before raising it; the raise is enough.
-    for name_of_logger in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):
+    # pyspark logs every analysis error with its Java stack before raising it, py4j what a batch's function raised;
+    # the raise is enough.
+    for name_of_logger in ("SQLQueryContextLogger", "DataFrameQueryContextLogger", "py4j.clientserver"):
         logging.getLogger(name_of_logger).setLevel(logging.CRITICAL)
     settings = {
         "spark.jars": ",".join(str(jar) for jar in (*delta_jars(), *jars)),

@@ -152,9 +152,14 @@ class BatchWriter:
 
     def _lag(self, now: OpenedTopic, number: int) -> int:
         """Offsets of the topic beyond this batch, by Spark's own plan of it."""
-        plan = (self.checkpoint / "offsets" / str(number)).read_text().strip().splitlines()[-1]
-        ends = json.loads(plan)[self.source.name]
-        return sum(max(0, end + 1 - ends.get(str(partition), 0)) for partition, end in now.ends.items())
+        done = planned_ends(self.checkpoint, number, self.source.name)
+        return sum(max(0, end + 1 - done.get(partition, 0)) for partition, end in now.ends.items())
+
+
+def planned_ends(checkpoint: Path, number: int, topic: str) -> dict[int, int]:
+    """The offset after the last one of a batch, by partition: Spark's own plan, written before it reads a batch."""
+    plan = (checkpoint / "offsets" / str(number)).read_text().splitlines()[-1]
+    return {int(partition): offset for partition, offset in json.loads(plan)[topic].items()}
 
 
 def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
