@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -14,22 +15,34 @@ import pytest
 from confluent_kafka import Consumer, Producer, TopicPartition
 from deltalake import DeltaTable
 
+from feature_repo.handle import StoreHandle
+from feature_repo.reader import Reader
+from jobs.backfill import backfill
 from jobs.cli_ingest import topic_source
+from jobs.event_log import read_events
 from jobs.ingest_kafka import ingest_topic
-from jobs.topic_batches import TopicReport
-from models.errors import InputError
-from models.event import FUTURE_MS_MAX, RECORD_BYTES_MAX, Event
+from jobs.parity import compare_rows
+from jobs.topic_batches import OpenedTopic, TopicReport
+from models.checkpoint import Checkpoint
+from models.errors import EventError, InputError
+from models.event import FUTURE_MS_MAX, RECORD_BYTES_MAX, Event, parse, tombstone
+from models.row import Row, advance, new_row
+from models.wire import Stamp
+from pipelines.kafka_settings import kafka_settings
 from pipelines.kafka_topic import KafkaLog, open_topic
+from pipelines.stream import StreamPlan
+from pipelines.stream import run as stream
 from tests.jobs.commands import assert_one_line
-from tests.jobs.processes import kill_when, start
+from tests.jobs.processes import kill, kill_when, start
 from tests.jobs.tiny import logged, take
 from tests.kafka_broker import Broker
-from tests.small import START_MS, random_events
+from tests.pipelines.small_log import assert_rows_equal, read_rows, recent_of
+from tests.small import START_MS, random_events, small_checkpoint
 
 pytestmark = pytest.mark.spark
 
-WAIT_S = 120.0
-MANY = 20_000
+WAIT_S = 400.0
+MANY = 6_000
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +65,7 @@ def held(broker: Broker, topic: str) -> dict[tuple[int, int], tuple[bytes | None
     """What an independent consumer finds: key, value and timestamp by partition and offset."""
     settings = {"bootstrap.servers": broker.address, "group.id": uuid4().hex, "enable.partition.eof": True}
     consumer = Consumer(settings | {"isolation.level": "read_committed", "auto.offset.reset": "error"})
-    opened = open_topic(KafkaLog(kafka=topic_source(topic, 1).look.args[0].kafka, topic=topic))
+    opened = open_topic(KafkaLog(kafka=kafka_settings(), topic=topic))
     consumer.assign([TopicPartition(topic, p, begin) for p, begin in opened.begins.items()])
     found, ended = {}, set()
     while len(ended) < len(opened.ends):
@@ -305,22 +318,165 @@ def test_killed_again_and_again_at_any_moment_the_log_is_still_the_topic(
     events, log = random_events(MANY), tmp_path / "log"
     broker.produce(topic, keyed(events[: MANY // 2]))
     broker.produce(topic, [("u1", b"{}")] * 50)
-    command = ["ingest", "--from", "kafka", "--topic", topic, "--log", log, "--continuous", "--batch-records", 1_000]
+    command = ["ingest", "--from", "kafka", "--topic", topic, "--log", log, "--continuous", "--batch-records", 500]
 
     for moment, reached in moments(log, topic).items():
         kill_when(start(command, tmp_path), reached)
         broker.produce(topic, [*keyed(events[MANY // 2 :][:: len(moments(log, topic))]), ("u1", moment.encode())])
 
-    process = start(command, tmp_path)
-    wanted = len(held(broker, topic))
-    deadline_s = time.monotonic() + WAIT_S
-    while rows_of(log) < wanted:
-        assert time.monotonic() < deadline_s, f"{rows_of(log)} of {wanted} after {WAIT_S} s"
-        time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(WAIT_S) == 0
+    process, wanted, deadline_s = start(command, tmp_path), len(held(broker, topic)), time.monotonic() + WAIT_S
+    try:
+        while rows_of(log) < wanted:
+            assert process.poll() is None
+            assert time.monotonic() < deadline_s, f"{rows_of(log)} of {wanted} after {WAIT_S} s"
+            time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+    finally:
+        kill(process)
     assert_log_is_topic(broker, topic, log)
 
 
 def rows_of(log: Path) -> int:
     return sum(DeltaTable(log / name).count() for name in ("events", "quarantine"))
+
+
+def records_with_tombstones(events: Sequence[Event]) -> list[tuple[str, bytes | None]]:
+    """The events, with a tombstone of some user every 70 records and one of a user who never comes back."""
+    records: list[tuple[str, bytes | None]] = [
+        ("gone", msgspec.json.encode(msgspec.structs.replace(events[0], user_id="gone")))
+    ]
+    for n, record in enumerate(keyed(events)):
+        records.append(record)
+        if n % 70 == 69:
+            records.append((events[n - 3].user_id, None))
+    return [*records, ("gone", None)]
+
+
+def plain_rows(checkpoint: Checkpoint, records: Mapping[tuple[int, int], tuple], epoch: int = 1) -> dict[str, Row]:
+    """Each user's row by a plain fold over the topic, with the bad ones left out."""
+    using, mine = checkpoint.fold(), {}
+    for (partition, offset), (key, value, _) in sorted(records.items()):
+        try:
+            event = tombstone(key) if value is None else parse(value)
+        except EventError:
+            continue
+        mine.setdefault((event.user_id, partition), []).append((event, offset))
+    rows = {}
+    for (user_id, partition), taken in mine.items():
+        recent = recent_of(checkpoint, [event for event, _ in taken], [offset for _, offset in taken])
+        position = Stamp(epoch=epoch, partition=partition, offset=-1)
+        rows[user_id], _ = advance(new_row(using.spec, epoch, partition), recent, position, using)
+    return rows
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Checkpoint:
+    return small_checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def plan(checkpoint: Checkpoint, topic: str, tmp_path: Path) -> StreamPlan:
+    (tmp_path / "state").mkdir()
+    return StreamPlan(
+        log_path=tmp_path / "log" / "events",
+        checkpoint_path=checkpoint.path,
+        store=StoreHandle(state=tmp_path / "state"),
+        dead_letters_path=tmp_path / "dead_letters",
+        kafka=KafkaLog(kafka=kafka_settings(), topic=topic),
+    )
+
+
+def test_backfill_and_stream_join_at_the_cut_without_gap_or_overlap(
+    spark, broker: Broker, topic: str, tmp_path: Path, checkpoint: Checkpoint, plan: StreamPlan
+) -> None:
+    records = records_with_tombstones(random_events(900, users=20))
+    bad = [("u1", b"{}"), ("u2", b"{}"), ("u3", b"no json"), ("u4", b"")]
+    cut = len(records) * 2 // 3
+    broker.produce(topic, [*records[:cut], *bad])
+    run(spark, topic, tmp_path / "log", batch_records=100)
+    users = [f"u{n}" for n in range(20)] + ["gone"]
+
+    done = backfill(spark, checkpoint, tmp_path / "log", plan.store)
+
+    assert done.events == cut
+    assert_rows_equal(read_rows(plan.store.open(), checkpoint, users), plain_rows(checkpoint, held(broker, topic)))
+    broker.produce(topic, records[cut:])
+    report = stream(plan)
+    # Skipped are those that a later tombstone of the same batch erases.
+    assert report.events_folded + report.events_skipped == len(records) - cut
+    assert report.dead_letters == len(bad)
+    assert_rows_equal(read_rows(plan.store.open(), checkpoint, users), plain_rows(checkpoint, held(broker, topic)))
+    assert read_rows(plan.store.open(), checkpoint, ["gone"])["gone"].count == 0
+
+    # The same from the log's own table: all of it is in the rows already.
+    run(spark, topic, tmp_path / "log")
+    again = stream(replace(plan, kafka=None, start="earliest"))
+    assert (again.events_folded, again.events_skipped, again.dead_letters) == (0, len(records), 0)
+
+
+def test_the_copy_replayed_gives_the_rows_of_the_topic(
+    spark, broker: Broker, topic: str, tmp_path: Path, checkpoint: Checkpoint, plan: StreamPlan
+) -> None:
+    broker.produce(topic, [("u1", b"{}"), *records_with_tombstones(random_events(400)), ("u1", b"{}")])
+    run(spark, topic, tmp_path / "log")
+
+    stream(replace(plan, kafka=None, start="earliest", batch_size=30))
+
+    wanted = plain_rows(checkpoint, held(broker, topic))
+    assert_rows_equal(read_rows(plan.store.open(), checkpoint, list(wanted)), wanted)
+
+
+def test_rows_of_a_copy_agree_with_the_independent_check(
+    spark, broker: Broker, topic: str, tmp_path: Path, checkpoint: Checkpoint, plan: StreamPlan
+) -> None:
+    broker.produce(topic, records_with_tombstones(random_events(300)))
+    run(spark, topic, tmp_path / "log")
+    backfill(spark, checkpoint, tmp_path / "log", plan.store)
+
+    parity = compare_rows(Reader(plan.store.open(), checkpoint, checkpoint.fold()), tmp_path / "log")
+
+    assert parity.conserved
+    assert parity.users == 8
+    assert parity.row_events < 300, "nothing was erased"
+    assert parity.max_abs_error < 1e-4
+
+
+def test_training_sees_nothing_from_before_a_tombstone_or_of_an_older_epoch(
+    spark, broker: Broker, topic: str, tmp_path: Path
+) -> None:
+    events = [
+        Event(event_id=f"e{n}", user_id=f"u{n % 2}", item_id=f"i{n}", action="view", event_time_ms=START_MS + n)
+        for n in range(10)
+    ]
+    broker.produce(topic, [*keyed(events[:6]), ("u0", None), *keyed(events[6:])])
+    run(spark, topic, tmp_path / "log")
+
+    assert seen(spark, tmp_path / "log") == {"e1", "e3", "e5", "e7", "e9", "e6", "e8"}
+
+    broker.produce(topic, [("u1", None)])
+    run(spark, topic, tmp_path / "log", epoch=2)
+    assert seen(spark, tmp_path / "log") == {"e6", "e8"}
+
+
+def seen(spark, log: Path) -> set[str]:
+    return {row["event_id"] for row in read_events(spark, log).collect()}
+
+
+def test_records_that_go_while_a_batch_is_read_are_a_hard_stop(
+    spark, broker: Broker, topic: str, tmp_path: Path
+) -> None:
+    broker.produce(topic, keyed(random_events(60)), partition=0)
+    real, admin = topic_source(topic, 1).look, broker.admin()
+    run(spark, topic, tmp_path / "log", batch_records=10)
+    broker.produce(topic, keyed(random_events(60)), partition=0)
+    admin.delete_records([TopicPartition(topic, 0, 60)])[TopicPartition(topic, 0, 60)].result(WAIT_S)
+
+    def look_then_delete() -> OpenedTopic:
+        opened = real()
+        admin.delete_records([TopicPartition(topic, 0, 100)])[TopicPartition(topic, 0, 100)].result(WAIT_S)
+        return opened
+
+    with pytest.raises(InputError, match="no longer has records that were not ingested yet"):
+        run(spark, topic, tmp_path / "log", look=look_then_delete)
+    assert len(logged(tmp_path / "log")) == 60
