@@ -18,8 +18,8 @@ from pyspark.sql import functions as F
 
 from feature_repo.handle import StoreHandle
 from feature_repo.store import Backfill, RowPut, whole_put
-from jobs.ingest import LogFacts, log_facts
-from jobs.spark import errors_of_workers, read_delta
+from jobs.event_log import LogFacts, log_facts, read_records
+from jobs.spark import errors_of_workers
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError, StoreError
 from models.event import runs
@@ -38,7 +38,7 @@ def backfill(
 
     Raises InputError for an empty log or a cut beyond it, StoreError when the rows do not add up to the log.
     """
-    events = read_delta(spark, log / "events")
+    events = read_records(spark, log)
     facts = log_facts(spark, log / "events")
     rows = store.open()
     revision = _next_revision(rows.backfill(checkpoint.checkpoint_id), facts)
@@ -53,7 +53,7 @@ def backfill(
     checkpoint.fold()  # refuse a missing item table here rather than on an executor
     done = by_user.mapInArrow(_folder(checkpoint, store, (facts.epoch, revision)), DONE)
     total = done.agg(*(F.sum(name).alias(name) for name in ("users", "events", "newer"))).collect()[0]
-    expected = sum(offset + 1 for offset in cut.values())
+    expected = sum(offset + 1 for offset in cut.values()) if facts.dense else wanted.count()
     if total["events"] != expected:
         raise StoreError(
             f"the backfill folded {total['events']} of {expected} events; the log changed under it: run it again"
@@ -112,8 +112,15 @@ def _folder(
         rows = store.open()
         users = events = newer = 0
         chunk: list[RowPut] = []
-        for user_id, row in fold_users(batches, opened, *epoch_and_revision):
-            users, events = users + 1, events + row.count
+
+        def counted() -> Iterator[pa.RecordBatch]:
+            nonlocal events
+            for batch in batches:
+                events += batch.num_rows
+                yield batch
+
+        for user_id, row in fold_users(counted(), opened, *epoch_and_revision):
+            users += 1
             chunk.append(whole_put(user_id, row))
             if len(chunk) == PUT_CHUNK:
                 newer += rows.put_rows(checkpoint_id, chunk).count(False)
@@ -127,18 +134,21 @@ def _folder(
 def fold_users(
     batches: Iterator[pa.RecordBatch], checkpoint: Checkpoint, epoch: int, revision: int = 0
 ) -> Iterator[tuple[str, Row]]:
-    """Events sorted by (user, offset) to each user's row, holding one user at a time."""
+    """Events sorted by (user, offset) to each user's row, holding one user at a time.
+
+    A tombstone is a row of nulls: it becomes a record of weight 0, and erases what came before.
+    """
     using = checkpoint.fold()
     current: str | None = None
     row: Row | None = None
     for batch in batches:
         recent = pack_recent(
             batch["offset"].to_numpy(),
-            batch["event_time_ms"].to_numpy(),
+            batch["event_time_ms"].fill_null(0).to_numpy(),
             checkpoint.action_index(batch["action"].to_pylist()),
             using.table.lookup(batch["item_id"].to_pylist()),
-            batch["weight"].to_numpy(),
-            batch["event_hash"].to_numpy(),
+            batch["weight"].fill_null(0.0).to_numpy(),
+            batch["event_hash"].fill_null(0).to_numpy(),
         )
         partition_N = batch["partition"].to_numpy()
         users = batch["user_id"].dictionary_encode()

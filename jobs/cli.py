@@ -66,22 +66,46 @@ def _options(
 
 @app.command()
 def ingest(
-    source: Input,
     log: Log,
+    source: Annotated[
+        Path | None, typer.Option("--input", resolve_path=True, help="A Parquet or CSV file or folder.")
+    ] = None,
+    from_: Annotated[str, typer.Option("--from", help="files, or kafka at VQL_KAFKA_BOOTSTRAP_SERVERS")] = "files",
+    topic: Annotated[str | None, typer.Option(help="The Kafka topic: up to its end as of now.")] = None,
+    continuous: Annotated[bool, typer.Option("--continuous", help="Follow the topic until SIGTERM.")] = False,
+    batch_records: Annotated[int, typer.Option(min=1, help="Records of a topic in one commit, at most.")] = 500_000,
     format_: Annotated[str, typer.Option("--format", help="parquet or csv (with a header)")] = "parquet",
     column: Columns = [],
     where: Annotated[str, typer.Option(help="SQL condition: which rows of the file to take.")] = "true",
     partitions: Annotated[int, typer.Option(min=1, help="Partitions of a new log; an existing one keeps its own.")] = 4,
-    epoch: Annotated[int, typer.Option(min=1, help="Epoch of a new log: one more than the log it replaces.")] = 1,
+    epoch: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="Epoch of a new log: one more than the log it replaces. Of a topic: raised when the topic is created "
+            "again or re-partitioned.",
+        ),
+    ] = 1,
     master: Master = LOCAL,
 ) -> None:
-    """Append the events of a file to the log, each with a partition and an offset.
+    """Append the events of a file or of a Kafka topic to the log, each with a partition and an offset.
 
-    Running it again appends nothing twice. Rows that are no events go to the table quarantine with the reason.
+    Running it again appends nothing twice. Rows that are no events go to the table quarantine with the reason. A topic
+    keeps its own partitions and offsets.
 
     Example: vql ingest --input buys.csv --format csv --log build/log --column user_id=customer
     --column "event_time_ms=unix_millis(to_timestamp(bought_at))" --column "action='purchase'"
     """
+    if _choice("--from", from_, ("files", "kafka")) == "kafka":
+        from jobs.cli_ingest import ingest_from_kafka, topic_source
+
+        if topic is None or source is not None:
+            raise InputError("--from kafka reads a topic: give --topic, and no --input")
+        taken = ingest_from_kafka(topic_source(topic, epoch, batch_records), log, continuous, master)
+        out.print(f"{taken.records:,} records read: {taken.events:,} appended, {taken.quarantined:,} quarantined")
+        return
+    if source is None or topic is not None or continuous:
+        raise InputError("--from files reads a file: give --input, and neither --topic nor --continuous")
     from jobs.ingest import EventSource, NewLog
     from jobs.ingest import ingest as run
     from jobs.spark import open_spark
@@ -272,10 +296,11 @@ def rank(
 
 @app.command()
 def setup() -> None:
-    """Check Java and fetch Delta's jars, once; every job does so at its start if this was never run."""
-    from jobs.jars import delta_jars, require_java
+    """Check Java and fetch the jars of Delta and of Spark's Kafka reader, once; jobs fetch what they lack."""
+    from jobs.jars import cache_folder, delta_jars, kafka_source_jars, require_java
 
-    out.print(f"Java: {require_java()}; {len(delta_jars())} Delta jars in {delta_jars()[0].parent}", soft_wrap=True)
+    java, delta, kafka = require_java(), delta_jars(), kafka_source_jars()
+    out.print(f"Java: {java}; {len(delta)} Delta jars and {len(kafka)} Kafka jars in {cache_folder()}", soft_wrap=True)
 
 
 @app.command()

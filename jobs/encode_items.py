@@ -20,6 +20,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from jobs.event_log import read_events
 from jobs.spark import errors_of_workers, read_delta
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import CheckpointError, InputError
@@ -100,7 +101,7 @@ def _known_segments(folder: Path, checkpoint_id: str) -> list[str]:
 
 def _items(spark: SparkSession, log: Path, fields: list[str]) -> DataFrame:
     """Every item id of the log and of the items table, with its fields as strings (null: not known)."""
-    ids = read_delta(spark, log / "events").select("item_id").distinct()
+    ids = read_events(spark, log).select("item_id").distinct()
     if not fields:
         return ids
     static = read_delta(spark, log / "items")

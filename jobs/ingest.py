@@ -25,15 +25,12 @@ from pyspark.sql import DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from jobs.event_log import create_log, log_facts
 from jobs.spark import SPARK_ERRORS, errors_of_workers, read_delta, said_by, table_version
 from models.errors import InputError
 from models.event import UNKNOWN_TIME, Event, Records, parse_batch
 
 EVENT_FIELDS = tuple(f for f in Event.__struct_fields__)
-LOG_SCHEMA = (
-    "epoch int, partition int, offset long, event_id string, user_id string, item_id string, action string, "
-    "event_time_ms long, weight double, log_time_ms long, value binary"
-)
 CHECKED_ARROW = pa.schema(
     [
         *((name, pa.string()) for name in ("event_id", "user_id", "item_id", "action")),
@@ -65,15 +62,6 @@ class NewLog:
 
     partitions: int = 4
     epoch: int = 1
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogFacts:
-    """What a log says of itself: log_id is the Delta table's, and changes when the log is made anew."""
-
-    log_id: str
-    epoch: int
-    partitions: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,15 +174,6 @@ def read_files(spark: SparkSession, path: Path, format_: str) -> DataFrame:
     raise InputError(f"format {format_!r} is not known; give csv or parquet")
 
 
-def log_facts(spark: SparkSession, events: Path) -> LogFacts:
-    """From the table's properties. Raises InputError for a table without them."""
-    log_id, properties = DeltaTable.forPath(spark, str(events)).detail().select("id", "properties").collect()[0]
-    try:
-        return LogFacts(log_id=log_id, epoch=int(properties["vql.epoch"]), partitions=int(properties["vql.partitions"]))
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{events} is no event log: its table property {error} is wrong") from error
-
-
 def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Each row's event checked by the one contract, models.event: a batch of events, then one of rejects."""
     for batch in batches:
@@ -262,8 +241,10 @@ def _quarantine(spark: SparkSession, bad: DataFrame, path: Path) -> None:
 def _append(spark: SparkSession, events: DataFrame, path: Path, new: NewLog) -> int:
     """Give the new events their offsets and commit them at once; how many there were."""
     if not DeltaTable.isDeltaTable(spark, str(path)):
-        _create(spark, path, new)
+        create_log(spark, path, {"vql.partitions": str(new.partitions), "vql.epoch": str(new.epoch)})
     facts = log_facts(spark, path)
+    if facts.topic_id is not None:
+        raise InputError(f"{path} is the copy of a Kafka topic; give --log another folder for events of files")
     version = table_version(spark, path)
     log = read_delta(spark, path, version)
     fresh = events.join(log.select("event_id"), "event_id", "left_anti")
@@ -294,10 +275,3 @@ def _append(spark: SparkSession, events: DataFrame, path: Path, new: NewLog) -> 
     if not last:
         raise InputError(f"another ingest wrote to {path} at the same time; run this one again")
     return int(last[0]["operationMetrics"]["numOutputRows"])
-
-
-def _create(spark: SparkSession, path: Path, new: NewLog) -> None:
-    builder = DeltaTable.createIfNotExists(spark).location(str(path)).partitionedBy("partition")
-    for column in LOG_SCHEMA.split(", "):
-        builder = builder.addColumn(*column.split(" "))
-    builder.property("vql.partitions", str(new.partitions)).property("vql.epoch", str(new.epoch)).execute()

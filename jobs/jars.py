@@ -21,6 +21,7 @@ from models.errors import MachineError
 
 JAVA_MIN = 17
 KAFKA_VERSION = "4.3.1"
+SPARK_KAFKA = "spark-sql-kafka-0-10"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +55,14 @@ def delta_jars() -> list[Path]:
     kept = ("delta-", "unitycatalog-")
     delta = Artifact(organisation="io.delta", module=f"delta-spark_{spark}_2.13", version=version, kept=kept)
     return _kept_jars(delta, f"delta-{version}-spark-{pyspark.__version__}")
+
+
+def kafka_source_jars() -> list[Path]:
+    """What Spark needs to read Kafka, as `delta_jars`; only an ingest from Kafka asks for them."""
+    kept = ("spark-sql-kafka-", "spark-token-provider-kafka-", "kafka-clients-", "commons-pool2-")
+    version = pyspark.__version__
+    source = Artifact(organisation="org.apache.spark", module=f"{SPARK_KAFKA}_2.13", version=version, kept=kept)
+    return _kept_jars(source, f"{SPARK_KAFKA}-{version}")
 
 
 def kafka_jars() -> list[Path]:

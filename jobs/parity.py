@@ -79,7 +79,7 @@ def fold_raw(events: pa.Table, checkpoint: Checkpoint, using: Fold) -> tuple[np.
     action_N = checkpoint.action_index(events["action"].to_pylist())
     value_NHD = using.table.value_MHD[item_N].astype(np.float64) + using.table.action_value_AHD[action_N]
     time_N = events["event_time_ms"].to_numpy()
-    age_N = (time_N.max() - time_N).astype(np.float64)
+    age_N = (time_N.max(initial=0) - time_N).astype(np.float64)
     mass_HKR = np.zeros((sizes.heads, sizes.codewords, len(half_life_HR[0])))
     mean_HKRD = np.zeros((*mass_HKR.shape, sizes.value_width))
     for h, half_lives in enumerate(half_life_HR):
@@ -93,22 +93,32 @@ def fold_raw(events: pa.Table, checkpoint: Checkpoint, using: Fold) -> tuple[np.
             mass_HKR[h, :, r] = np.where(held_K, mass_K, 0.0)
             for d in range(sizes.value_width):
                 total_K = np.bincount(code_N, share_N * value_NHD[:, h, d], sizes.codewords)
-                mean_HKRD[h, :, r, d] = np.divide(total_K, mass_K, out=np.zeros_like(total_K), where=held_K)
+                mean_HKRD[h, :, r, d] = np.divide(total_K, mass_K, out=np.zeros(sizes.codewords), where=held_K)
     return mass_HKR, mean_HKRD
 
 
 def raw_users(log: Path) -> Iterator[tuple[str, pa.Table]]:
-    """Each user of the log with the raw events, one log partition in memory at a time."""
+    """Each user of the log's epoch with the raw events that stand, one log partition in memory at a time.
+
+    A user whose last record is a tombstone has none.
+    """
     table = DeltaTable(log / "events")
-    partitions = int(table.metadata().configuration["vql.partitions"])
+    facts = table.metadata().configuration
     columns = ["user_id", "item_id", "action", "event_time_ms", "weight"]
-    for partition in range(partitions):
-        rows = table.to_pyarrow_table(filters=[("partition", "=", partition)], columns=columns)
-        rows = rows.sort_by("user_id")
+    for partition in range(int(facts["vql.partitions"])):
+        wanted = [("partition", "=", partition), ("epoch", "=", int(facts["vql.epoch"]))]
+        rows = table.to_pyarrow_table(filters=wanted, columns=[*columns, "offset"])
+        rows = rows.sort_by([("user_id", "ascending"), ("offset", "ascending")]).select(columns)
         users = rows["user_id"].combine_chunks().dictionary_encode()
         code_N = users.indices.to_numpy()
         for start, end in runs(code_N):
-            yield users.dictionary[code_N[start]].as_py(), rows.slice(start, end - start)
+            yield users.dictionary[code_N[start]].as_py(), _standing(rows.slice(start, end - start))
+
+
+def _standing(events: pa.Table) -> pa.Table:
+    """What comes after a user's last tombstone, which is a row without a weight."""
+    erased_N = np.flatnonzero(events["weight"].is_null())
+    return events.slice(erased_N[-1] + 1) if len(erased_N) else events
 
 
 def in_chunks(users: Iterator[T], size: int) -> Iterator[list[T]]:

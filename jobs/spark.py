@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,15 +24,19 @@ SPARK_ERRORS = (PySparkException, Py4JJavaError)
 RAISED_BY_WORKERS = (InputError, CheckpointError, ForeignRowError, WireError, StoreError, MachineError)
 
 
-def open_spark(master: str = LOCAL, name: str = "vql") -> SparkSession:
-    """The session of this process, started if need be. Raises MachineError without Java or jars."""
+def open_spark(master: str = LOCAL, name: str = "vql", jars: Sequence[Path] = ()) -> SparkSession:
+    """The session of this process, started if need be, with Delta's jars and these.
+
+    A session that runs already keeps the jars it was started with. Raises MachineError without Java or jars.
+    """
     require_java()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-    # pyspark logs every analysis error with its Java stack before raising it; the raise is enough.
-    for name_of_logger in ("SQLQueryContextLogger", "DataFrameQueryContextLogger"):
+    # pyspark logs every analysis error with its Java stack before raising it, py4j what a batch's function raised;
+    # the raise is enough.
+    for name_of_logger in ("SQLQueryContextLogger", "DataFrameQueryContextLogger", "py4j.clientserver"):
         logging.getLogger(name_of_logger).setLevel(logging.CRITICAL)
     settings = {
-        "spark.jars": ",".join(str(jar) for jar in delta_jars()),
+        "spark.jars": ",".join(str(jar) for jar in (*delta_jars(), *jars)),
         "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
         "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
         "spark.sql.session.timeZone": "UTC",

@@ -14,8 +14,8 @@ import msgspec
 import numpy as np
 from pyspark.sql import SparkSession
 
+from jobs.event_log import LogFacts, log_facts, read_events
 from jobs.examples import ExamplePlan, Vocabulary, build_vocabulary, write_examples
-from jobs.ingest import LogFacts, log_facts
 from jobs.spark import errors_of_workers, read_delta, table_version
 from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, Sizes, open_checkpoint, write_checkpoint
 from models.errors import CheckpointError, InputError
@@ -128,7 +128,7 @@ def _half_life_ms(text: str) -> float | None:
 
 def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan, Vocabulary]:
     """The examples and the plan of the run."""
-    events = read_delta(spark, Path(job.log) / "events", job.log_version)
+    events = read_events(spark, Path(job.log), job.log_version)
     # The actions of the checkpoint are those the log shows.
     seen = [row[0] for row in events.select("action").distinct().orderBy("action").limit(255).collect()]
     actions = [OTHER_ACTION, *(a for a in seen if a != OTHER_ACTION)]

@@ -1,10 +1,11 @@
 """The Delta table `events` as a Beam source: an endless log, or its part up to now. No JVM; delta-rs reads it.
 
 The table is written by the ingest, partitioned by `partition`, with table properties `vql.partitions` and
-`vql.epoch`. Offsets are dense per partition and epoch, so a missing one is a lost file and stops the reader.
-Files may overlap, be compacted, or hold their rows in any order: a reader takes the next READ_AHEAD_BATCHES batches
-by offset (the per-file minima and maxima in the log say which files hold them), sorts them and checks that they are
-dense. So memory is bounded by partitions x READ_AHEAD_BATCHES x batch size, whatever the files' sizes.
+`vql.epoch`. Offsets of a log of files are dense per partition and epoch, so a missing one is a lost file and stops the
+reader. Those of a Kafka topic's copy (property `vql.dense` is false) have holes, of which the longest are passed over
+without being read. Files may overlap, be compacted, or hold their rows in any order: a reader takes the rows of the
+next READ_AHEAD_BATCHES x batch size offsets (the per-file minima and maxima in the log say which files hold them) and
+sorts them. So memory is bounded by partitions x READ_AHEAD_BATCHES x batch size, whatever the files' sizes.
 
 The watermark stays at its minimum until the end: nothing after this source has windows or timers, late events are
 as good as others (the cache's laws), and an event-time watermark over behaviours that arrive days late would lie.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -132,6 +134,7 @@ class DeltaReader(UnboundedReader):
                 f"the epoch of log {self._source.path} is now {epoch}, not {self._source.ledger.epoch}; "
                 "run the backfill of the new epoch, then start again"
             )
+        self._dense = self._table.metadata().configuration.get("vql.dense", "true") == "true"
         self._end = _end(self._table, self._source.ledger.epoch, self._partition)
         self._files = self._table.to_pyarrow_dataset(file_pruning_predicate=[("partition", "=", str(self._partition))])
 
@@ -145,15 +148,31 @@ class DeltaReader(UnboundedReader):
         """The next batches, or none when the log has no more yet."""
         if self._offset >= self._end:
             self._refresh()
-        until = min(
-            self._offset + READ_AHEAD_BATCHES * self._source.batch_size,
-            self._end if self._until is None else self._until,
-        )
+        self._offset, until = self._next_window()
         if until <= self._offset:
             return
         rows = self._read(until)
         for start in range(0, rows.num_rows, self._source.batch_size):
             yield self._records(rows.slice(start, self._source.batch_size))
+
+    def _next_window(self) -> tuple[int, int]:
+        """The offsets to read next: after the first, up to the second. Where the log is not dense, some hold a row."""
+        size = READ_AHEAD_BATCHES * self._source.batch_size
+        after, last = self._offset, self._end if self._until is None else self._until
+        if self._dense:
+            return after, min(after + size, last)
+        last, span = min(last, self._end), size
+        while after < last and not self._holds_rows(after, min(after + span, last)):
+            after, span = min(after + span, last), 2 * span
+        while span > size and after < last:
+            span //= 2
+            if not self._holds_rows(after, min(after + span, last)):
+                after += span
+        return after, min(after + span, last)
+
+    def _holds_rows(self, after: int, until: int) -> bool:
+        with self._explained(after, until):
+            return self._files.count_rows(filter=self._wanted(after, until)) > 0
 
     def _records(self, rows: pa.Table) -> Records:
         values = rows["value"].to_pylist()
@@ -169,38 +188,47 @@ class DeltaReader(UnboundedReader):
 
     def _read(self, until: int) -> pa.Table:
         """Every record after the position up to `until`, by offset."""
-        offset, epoch = pc.field("offset"), self._source.ledger.epoch
-        wanted = (offset > self._offset) & (offset <= until) & (pc.field("epoch") == epoch)
+        with self._explained(self._offset, until):
+            columns, wanted = ["offset", "log_time_ms", "user_id", "value"], self._wanted(self._offset, until)
+            rows = self._files.to_table(columns=columns, filter=wanted).sort_by("offset")
+        where = f"log {self._source.path}, partition {self._partition}"
+        _check_once(rows["offset"].to_numpy(), where)
+        if self._dense:
+            _check_dense(rows["offset"].to_numpy(), self._offset + 1, until, where)
+        return rows
+
+    def _wanted(self, after: int, until: int) -> pc.Expression:
+        offset = pc.field("offset")
+        return (offset > after) & (offset <= until) & (pc.field("epoch") == self._source.ledger.epoch)
+
+    @contextmanager
+    def _explained(self, after: int, until: int) -> Iterator[None]:
         try:
-            rows = self._files.to_table(columns=["offset", "log_time_ms", "user_id", "value"], filter=wanted)
+            yield
         except (OSError, pa.ArrowException, DeltaError) as error:
             raise InputError(
-                f"log {self._source.path} cannot be read at partition {self._partition}, offsets {self._offset + 1} to "
+                f"log {self._source.path} cannot be read at partition {self._partition}, offsets {after + 1} to "
                 f"{until}: {error}; restore its files, or ingest again"
             ) from error
-        rows = rows.sort_by("offset")
-        where = f"log {self._source.path}, partition {self._partition}"
-        _check_dense(rows["offset"].to_numpy(), self._offset + 1, until, where)
-        return rows
 
 
 def _tombstone_keys(user_ids: pa.ChunkedArray) -> list[bytes | None]:
     return [None if user_id is None else user_id.encode() for user_id in user_ids.to_pylist()]
 
 
-def _check_dense(offset_N: np.ndarray, first: int, last: int, where: str) -> None:
-    wanted_N = np.arange(first, last + 1)
-    if np.array_equal(offset_N, wanted_N):
-        return
-    missing_N = np.setdiff1d(wanted_N, offset_N)
-    if len(missing_N) == 0:
-        repeated_N = offset_N[1:][np.diff(offset_N) == 0]
+def _check_once(offset_N: np.ndarray, where: str) -> None:
+    repeated_N = offset_N[1:][np.diff(offset_N) == 0]
+    if len(repeated_N):
         raise InputError(f"{where}: offset {repeated_N[0]} is there twice; was it ingested by two programs at once?")
-    lost_N = missing_N[: np.flatnonzero(np.diff(missing_N) != 1)[:1].sum() + 1] if len(missing_N) > 1 else missing_N
-    raise InputError(
-        f"{where}: offsets from {lost_N[0]} on are missing ({len(missing_N)} of {first} to {last}); "
-        "a file of the log was lost: restore it, or ingest and backfill again"
-    )
+
+
+def _check_dense(offset_N: np.ndarray, first: int, last: int, where: str) -> None:
+    missing_N = np.setdiff1d(np.arange(first, last + 1), offset_N)
+    if len(missing_N):
+        raise InputError(
+            f"{where}: offsets from {missing_N[0]} on are missing ({len(missing_N)} of {first} to {last}); "
+            "a file of the log was lost: restore it, or ingest and backfill again"
+        )
 
 
 def _open_table(path: Path) -> DeltaTable:
@@ -217,6 +245,12 @@ def _end(table: DeltaTable, epoch: int, partition: int) -> int:
     files = pa.table(table.get_add_actions(flatten=True))
     if files.num_rows == 0:
         return -1
-    wanted = pc.and_(pc.equal(files["partition.partition"], partition), pc.equal(files["max.epoch"], epoch))
-    last = pc.max(files.filter(wanted)["max.offset"]).as_py()
+    mine = files.filter(pc.equal(files["partition.partition"], partition))
+    mine = mine.filter(pc.equal(mine["max.epoch"], epoch))
+    if pc.any(pc.less(mine["min.epoch"], epoch)).as_py():
+        # A compaction put records of two epochs into one file, and the older ones may have the higher offsets.
+        chosen = table.to_pyarrow_dataset(file_pruning_predicate=[("partition", "=", str(partition))])
+        last = pc.max(chosen.to_table(columns=["offset"], filter=pc.field("epoch") == epoch)["offset"]).as_py()
+    else:
+        last = pc.max(mine["max.offset"]).as_py()
     return -1 if last is None else last

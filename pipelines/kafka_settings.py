@@ -18,6 +18,7 @@ from models.errors import InputError
 # What librdkafka has to say (a broker that went away, a certificate that it does not trust) goes here.
 KAFKA_LOG = logging.getLogger("vql.kafka")
 _PREFIX = "VQL_KAFKA_"
+_NOT_IN_JAAS = set('"\\\r\n')
 
 
 class KafkaSettings(BaseSettings):
@@ -60,6 +61,37 @@ class KafkaSettings(BaseSettings):
         }
         return {name: value for name, value in options.items() if value is not None}
 
+    def java_client(self) -> dict[str, str]:
+        """The options of Java's client, in which a secret is only named: the client itself reads the file.
+
+        Raises InputError for a file that cannot be read, or whose content Java's client would take for another.
+        """
+        options = {
+            "bootstrap.servers": self.bootstrap_servers,
+            "security.protocol": self.security_protocol,
+            "sasl.mechanism": self.sasl_mechanism,
+            "sasl.jaas.config": self._jaas(),
+            "ssl.truststore.type": None if self.ssl_ca_file is None else "PEM",
+            "ssl.truststore.location": _readable(self.ssl_ca_file),
+            "ssl.keystore.type": None if self.ssl_certificate_file is None else "PEM",
+            "ssl.keystore.certificate.chain": _named(self.ssl_certificate_file),
+            "ssl.keystore.key": _named(self.ssl_key_file),
+            "ssl.key.password": _named_secret(self.ssl_key_password_file),
+            "config.providers": "dir",
+            "config.providers.dir.class": "org.apache.kafka.common.config.provider.DirectoryConfigProvider",
+        }
+        return {name: value for name, value in options.items() if value is not None}
+
+    def _jaas(self) -> str | None:
+        if self.sasl_mechanism is None or self.sasl_username is None:
+            return None
+        module = "plain.Plain" if self.sasl_mechanism == "PLAIN" else "scram.Scram"
+        user, password = self.sasl_username, _named_secret(self.sasl_password_file)
+        if set(user) & _NOT_IN_JAAS:
+            raise InputError(f"{_PREFIX}SASL_USERNAME {user!r} holds a quote, a backslash or a line end")
+        login = f"org.apache.kafka.common.security.{module}LoginModule"
+        return f'{login} required username="{user}" password="{password}";'
+
 
 def kafka_settings(**given: Any) -> KafkaSettings:
     """The settings of the environment; what is given counts more. Raises InputError naming the variable at fault."""
@@ -79,6 +111,22 @@ def _readable(path: Path | None) -> str | None:
 
 def _secret(path: Path | None) -> str | None:
     return None if path is None else _read(path).rstrip("\r\n")
+
+
+def _named(path: Path | None) -> str | None:
+    """What Java's client replaces by the file's content."""
+    if path is not None:
+        _read(path)
+    return None if path is None else f"${{dir:{path.absolute().parent}:{path.name}}}"
+
+
+def _named_secret(path: Path | None) -> str | None:
+    if path is not None and set(_read(path)) & _NOT_IN_JAAS:
+        raise InputError(
+            f"the secret in {path} holds a line end, a quote or a backslash, which Java's client would read as another "
+            "one; write it without (printf, not echo)"
+        )
+    return _named(path)
 
 
 def _read(path: Path) -> str:

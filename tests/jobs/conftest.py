@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
 from jobs.cli import main
 from tests.jobs.commands import Said
 from tests.jobs.tiny import Shop, items, purchases, take, tiny_job, write_rows
+from tests.kafka_broker import Broker
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +61,10 @@ def vql(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         return Said(code=code, out=printed.out, err=printed.err)
 
     return run
+
+
+@pytest.fixture
+def topic(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new topic of two partitions, in the cluster that the settings of the environment name."""
+    monkeypatch.setenv("VQL_KAFKA_BOOTSTRAP_SERVERS", broker.address)
+    return broker.create_topic(f"events-{uuid4().hex}")

@@ -29,6 +29,13 @@ pytestmark = pytest.mark.spark
 EVENTS = USERS * DAYS * 2
 NAMES = [f"u{n}" for n in range(USERS)]
 MANY = 12_000
+FOLDED = pa.schema(
+    [
+        *((name, pa.string()) for name in ("user_id", "item_id", "action")),
+        *((name, pa.int64()) for name in ("event_time_ms", "partition", "offset", "event_hash")),
+        ("weight", pa.float64()),
+    ]
+)
 
 
 @pytest.fixture(scope="module")
@@ -156,11 +163,23 @@ def test_users_of_many_batches_have_the_same_rows(
 
 
 def test_no_batch_and_an_empty_batch_give_no_rows(spark, shop: Shop, checkpoint: Checkpoint) -> None:
-    columns = ("user_id", "item_id", "action"), ("event_time_ms", "partition", "offset", "event_hash"), ("weight",)
-    schema = [(n, t) for names, t in zip(columns, (pa.string(), pa.int64(), pa.float64()), strict=True) for n in names]
-    empty = pa.RecordBatch.from_pylist([], pa.schema(schema))
+    empty = pa.RecordBatch.from_pylist([], FOLDED)
     assert list(fold_users(iter([]), checkpoint, 1)) == []
     assert list(fold_users(iter([empty]), checkpoint, 1)) == []
+
+
+def test_a_row_of_nulls_erases_what_came_before_it_of_its_user(checkpoint: Checkpoint) -> None:
+    row = {"item_id": "i1", "action": "view", "event_time_ms": 1_600_000_000_000, "weight": 1.0, "event_hash": 7}
+    row |= {"partition": 0}
+    erased = dict.fromkeys(row) | {"partition": 0}
+    rows = [row | {"user_id": "a", "offset": 0}, erased | {"user_id": "a", "offset": 2}]
+    rows += [row | {"user_id": "a", "offset": 5}, row | {"user_id": "b", "offset": 1}]
+    rows += [erased | {"user_id": "b", "offset": 3}]
+    # Each row in a batch of its own, and all in one.
+    for batches in ([[r] for r in rows], [rows]):
+        records = [pa.RecordBatch.from_pylist(batch, FOLDED) for batch in batches]
+        found = dict(fold_users(iter(records), checkpoint, 1))
+        assert {user: (r.count, r.stamp.offset) for user, r in found.items()} == {"a": (1, 5), "b": (0, 3)}
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs.jars import cache_folder, delta_jars, require_java
+from jobs.jars import cache_folder, delta_jars, kafka_source_jars, require_java
 from models.errors import MachineError
 
 # In Ivy's place: it puts jars where -retrieve says.
 IVY = """
 for argument; do case "$argument" in *'[artifact]'*) folder=$(dirname "$argument");; esac; done
-for name in delta-spark_4.2_2.13-4.4.0 delta-storage-4.4.0 hadoop-client-3.4; do echo jar > "$folder/$name.jar"; done
+jars="delta-spark_4.2_2.13-4.4.0 delta-storage-4.4.0 hadoop-client-3.4"
+case "$*" in *spark-sql-kafka*) jars="spark-sql-kafka-0-10_2.13-4.2.0 kafka-clients-3.9.2 scala-library-2.13.18";; esac
+for name in $jars; do echo jar > "$folder/$name.jar"; done
 echo fetched >> "$CALLS"
 """
 
@@ -75,6 +77,19 @@ def test_jars_are_fetched_once_and_only_those_that_pyspark_lacks(
     assert delta_jars() == jars
     assert calls.read_text() == "fetched\n"
     assert [path.name for path in cache_folder().iterdir()] == [jars[0].parent.name]
+
+
+def test_the_jars_of_the_kafka_reader_are_fetched_apart(
+    tmp_path: Path, calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_java(tmp_path, "17", IVY)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    delta_jars()
+    assert calls.read_text() == "fetched\n"
+    jars = kafka_source_jars()
+    assert [jar.name for jar in jars] == ["kafka-clients-3.9.2.jar", "spark-sql-kafka-0-10_2.13-4.2.0.jar"]
+    assert kafka_source_jars() == jars
+    assert calls.read_text() == "fetched\nfetched\n"
 
 
 def test_a_fetch_that_fails_leaves_nothing_and_says_why(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from zlib import crc32
 
@@ -54,12 +54,18 @@ def by_partition(events: Sequence[Event], partitions: int = 2) -> dict[int, list
 
 def append(path: Path, partition: int, values: Sequence[bytes | None], first_offset: int, epoch: int = 1) -> None:
     """One commit with these records at first_offset and on."""
+    append_at(path, partition, dict(enumerate(values, first_offset)), epoch)
+
+
+def append_at(path: Path, partition: int, value_by_offset: Mapping[int, bytes | None], epoch: int = 1) -> None:
+    """One commit with these records; those without a value are tombstones of user "erased"."""
+    values = list(value_by_offset.values())
     rows = {
         "epoch": [epoch] * len(values),
         "partition": [partition] * len(values),
-        "offset": range(first_offset, first_offset + len(values)),
+        "offset": list(value_by_offset),
         "event_id": [""] * len(values),
-        "user_id": [None] * len(values),
+        "user_id": ["erased" if value is None else None for value in values],
         "log_time_ms": [None] * len(values),
         "value": values,
     }

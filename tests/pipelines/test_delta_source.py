@@ -13,7 +13,7 @@ from models.event import Records
 from pipelines.delta_source import READ_AHEAD_BATCHES, DeltaReader, DeltaSource, open_log
 from pipelines.records import Ledger, Slice
 from pipelines.worker import forget_opened, stop_requested
-from tests.pipelines.small_log import append, new_log, set_properties
+from tests.pipelines.small_log import append, append_at, new_log, set_properties
 
 BATCH_SIZE = 10
 
@@ -185,10 +185,71 @@ def test_a_file_removed_under_the_reader_is_an_error_not_an_end(log: Path) -> No
         it.start()
 
 
-def test_a_record_without_value_is_passed_on_as_empty(log: Path) -> None:
+def test_a_tombstone_keeps_its_key_and_has_no_value(log: Path) -> None:
     append(log, 0, [None, b"x"], 0)
 
-    assert drain(reader(log))[0].values == [b"", b"x"]
+    (batch,) = drain(reader(log))
+    assert (batch.values, batch.keys[0]) == ([None, b"x"], b"erased")
+
+
+SPARSE = [3, 4, 57, 58, 61, 500, 40_000_000, 40_000_049, 40_000_051, 90_000_000]
+
+
+@pytest.fixture
+def sparse_log(log: Path) -> Path:
+    """A topic's copy: holes within a window, at its edges, and of many windows."""
+    set_properties(DeltaTable(log), {"vql.dense": "false"})
+    append_at(log, 0, {n: b"v%d" % n for n in SPARSE[::2]})
+    append_at(log, 0, {n: b"v%d" % n for n in SPARSE[1::2]})
+    return log
+
+
+@pytest.mark.parametrize("after", [-1, 3, 4, 60, 499, 500, 39_999_999, 90_000_000])
+def test_a_topics_copy_is_read_whole_across_its_holes(sparse_log: Path, after: int) -> None:
+    it = reader(sparse_log, after=after)
+    batches = drain(it)
+
+    assert offsets(batches) == [n for n in SPARSE if n > after]
+    assert [value for batch in batches for value in batch.values] == [b"v%d" % n for n in SPARSE if n > after]
+    append_at(sparse_log, 0, {91_000_000: b"new"})
+    assert it.advance()
+    assert it.get_current().offset_N.tolist() == [91_000_000]
+
+
+@pytest.mark.parametrize("until", [4, 5, 62, 499, 39_000_000, 90_000_000])
+def test_a_slice_of_a_topics_copy_ends_also_in_a_hole(sparse_log: Path, until: int) -> None:
+    it = reader(sparse_log, until=until)
+
+    assert offsets(drain(it)) == [n for n in SPARSE if n <= until]
+    assert it.get_watermark() == MAX_TIMESTAMP
+    assert it.get_checkpoint_mark().offset == until
+
+
+def test_memory_is_bounded_in_a_topics_copy_as_well(sparse_log: Path) -> None:
+    append(sparse_log, 0, values(0, 500), 100_000_000)
+
+    it = reader(sparse_log, after=90_000_000)
+    it.start()
+
+    assert len(it._ahead) <= READ_AHEAD_BATCHES - 1
+    assert it.get_current().offset_N[0] == 100_000_000
+
+
+def test_an_offset_that_is_twice_in_a_topics_copy_stops_the_reader(sparse_log: Path) -> None:
+    append_at(sparse_log, 0, {500: b"again"})
+
+    with pytest.raises(InputError, match="offset 500 is there twice"):
+        drain(reader(sparse_log))
+
+
+def test_a_compaction_over_two_epochs_does_not_move_the_end(log: Path) -> None:
+    append(log, 0, values(0, 30), 0)
+    append(log, 0, values(0, 4), 0, epoch=2)
+    set_properties(DeltaTable(log), {"vql.epoch": "2"})
+    DeltaTable(log).optimize.compact()
+
+    assert open_log(log).ends == {0: 3, 1: -1}
+    assert offsets(drain(reader(log, epoch=2))) == [0, 1, 2, 3]
 
 
 def test_records_of_an_older_epoch_are_not_read(log: Path) -> None:

@@ -83,3 +83,38 @@ def test_sasl_without_a_name_or_password_is_refused_before_anything_connects() -
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, field: str) -> None:
     with pytest.raises(InputError, match=f"{tmp_path}/nowhere.*cannot be read"):
         kafka_settings(bootstrap_servers="a:1", **{field: tmp_path / "nowhere"}).client()
+
+
+def test_javas_client_gets_the_secrets_by_their_files_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("password", "ca.pem", "certificate.pem", "key.pem", "key-password"):
+        (tmp_path / name).write_text(SECRET)
+    with_sasl(monkeypatch, tmp_path / "password")
+    for field in ("ca", "certificate", "key"):
+        monkeypatch.setenv(f"VQL_KAFKA_SSL_{field.upper()}_FILE", str(tmp_path / f"{field}.pem"))
+    monkeypatch.setenv("VQL_KAFKA_SSL_KEY_PASSWORD_FILE", str(tmp_path / "key-password"))
+
+    client = kafka_settings().java_client()
+
+    assert SECRET not in str(client)
+    assert client["sasl.jaas.config"] == (
+        "org.apache.kafka.common.security.scram.ScramLoginModule required "
+        f'username="streamer" password="${{dir:{tmp_path}:password}}";'
+    )
+    assert client["ssl.keystore.key"] == f"${{dir:{tmp_path}:key.pem}}"
+    assert client["ssl.truststore.location"] == str(tmp_path / "ca.pem")
+
+
+def test_javas_client_of_a_plain_cluster_is_told_no_more_than_needed() -> None:
+    client = kafka_settings(bootstrap_servers="a:1").java_client()
+    assert {name for name in client if not name.startswith("config.")} == {"bootstrap.servers", "security.protocol"}
+
+
+@pytest.mark.parametrize("secret", [f"{SECRET}\n", 'quo"ted', "back\\slash"])
+def test_a_secret_that_javas_client_would_misread_is_refused_without_showing_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, secret: str
+) -> None:
+    (tmp_path / "password").write_text(secret)
+    with_sasl(monkeypatch, tmp_path / "password")
+    with pytest.raises(InputError, match="password holds a line end, a quote or a backslash") as refusal:
+        kafka_settings().java_client()
+    assert secret not in str(refusal.value)

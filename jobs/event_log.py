@@ -1,0 +1,82 @@
+"""What the jobs know of an event log: its Delta table, what that says of itself, and which of its events stand.
+
+A log is made from files, with offsets that are dense, or it is the copy of a Kafka topic, with the topic's offsets,
+which need not be: compaction, transactions and records in quarantine leave holes. A table may hold records of older
+epochs; a new epoch holds the topic anew, so nobody reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from delta.tables import DeltaTable
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from jobs.spark import read_delta
+from models.errors import InputError
+
+LOG_SCHEMA = (
+    "epoch int, partition int, offset long, event_id string, user_id string, item_id string, action string, "
+    "event_time_ms long, weight double, log_time_ms long, value binary"
+)
+TOMBSTONE = "value IS NULL"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogFacts:
+    """What a log says of itself.
+
+    log_id is the Delta table's, and changes when the log is made anew; topic_id is that of the Kafka topic that the
+    log is the copy of, None for a log of files. dense: there is an event at every offset.
+    """
+
+    log_id: str
+    epoch: int
+    partitions: int
+    topic_id: str | None = None
+    dense: bool = True
+
+
+def create_log(spark: SparkSession, path: Path, properties: Mapping[str, str]) -> None:
+    """An empty table `events` with these properties, unless there is one."""
+    builder = DeltaTable.createIfNotExists(spark).location(str(path)).partitionedBy("partition")
+    for column in LOG_SCHEMA.split(", "):
+        builder = builder.addColumn(*column.split(" "))
+    for name, value in properties.items():
+        builder = builder.property(name, value)
+    builder.execute()
+
+
+def log_facts(spark: SparkSession, events: Path) -> LogFacts:
+    """From the table's properties. Raises InputError for a table without them."""
+    log_id, properties = DeltaTable.forPath(spark, str(events)).detail().select("id", "properties").collect()[0]
+    try:
+        return LogFacts(
+            log_id=log_id,
+            epoch=int(properties["vql.epoch"]),
+            partitions=int(properties["vql.partitions"]),
+            topic_id=properties.get("vql.topic_id"),
+            dense=properties.get("vql.dense", "true") == "true",
+        )
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{events} is no event log: its table property {error} is wrong") from error
+
+
+def read_records(spark: SparkSession, log: Path, version: int | None = None) -> DataFrame:
+    """The rows of the log's epoch, tombstones among them. Raises InputError when there is no log."""
+    rows = read_delta(spark, log / "events", version)
+    return rows.where(F.col("epoch") == log_facts(spark, log / "events").epoch)
+
+
+def read_events(spark: SparkSession, log: Path, version: int | None = None) -> DataFrame:
+    """The events that stand: no tombstones, and nothing of a user before the last one. Raises as read_records."""
+    records = read_records(spark, log, version)
+    if log_facts(spark, log / "events").dense:
+        return records
+    erased = records.where(TOMBSTONE).groupBy("user_id").agg(F.max("offset").alias("erased_offset"))
+    joined = records.where(f"NOT ({TOMBSTONE})").join(erased, "user_id", "left")
+    standing = F.col("erased_offset").isNull() | (F.col("offset") > F.col("erased_offset"))
+    return joined.where(standing).select(records.columns)
