@@ -8,7 +8,7 @@ VqlError                      the command line prints one line and exits with `e
 |-- WireError          (4)    a row's bytes are damaged: a ranker masks the user, a writer stops
 |   `-- ForeignRowError (3)   the row was made with another checkpoint: as above
 |-- StoreError         (5)    the online store cannot be reached, is lost or was never backfilled
-`-- MachineError     (6)    Java, jars or the disk: the message says what to install or free
+`-- MachineError     (6)    Java, jars, the disk, a job service: the message says what to install, free or start
 """
 
 from __future__ import annotations
@@ -66,6 +66,6 @@ class StoreError(VqlError):
 
 
 class MachineError(VqlError):
-    """The machine lacks something: Java, the jars, space on the disk."""
+    """The machine lacks something: Java, the jars, space on the disk, a job service or its workers."""
 
     exit_code = 6
