@@ -83,7 +83,8 @@ def test_the_command_line_hands_the_stream_to_a_job_service(
     events = random_events(1500, users=30)
     places = produce(broker, plan, events)
 
-    said = vql_stream(plan, service.options, monkeypatch)
+    # An option that only another job service knows is passed over.
+    said = vql_stream(plan, [*service.options, "--checkpointing_interval=10000"], monkeypatch)
 
     assert said.returncode == 0, said.stderr
     assert "1,500 events folded" in said.stdout
