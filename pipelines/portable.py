@@ -23,9 +23,12 @@ from models.errors import EventError, MachineError, VqlError
 from pipelines.worker import stop_requested
 
 STOP_POLL_S = 0.2
+READ_WAIT_S = 10.0
 _OURS = re.compile(r"^models\.errors\.(\w+): (.*?)(?: \[while running '[^']*'\])?$", re.MULTILINE)
 _IMPORT = re.compile(r"^(?:ModuleNotFoundError|ImportError): (.*?)(?: \[while running '[^']*'\])?$", re.MULTILINE)
 _WORKER_GONE = "SDK worker disconnected"
+# Beam's thread for the messages of a job; it may outlive the wait for the job by a moment.
+_READING = "wait_until_finish_read"
 
 
 def run_job(pipeline: beam.Pipeline) -> PipelineResult:
@@ -115,5 +118,8 @@ def _text_only_raised() -> Iterator[None]:
     try:
         yield
     finally:
+        for thread in threading.enumerate():
+            if thread.name == _READING:
+                thread.join(READ_WAIT_S)
         threading.excepthook = usual
         root.removeFilter(keep)
