@@ -9,7 +9,7 @@ VqlError                      the command line prints one line and exits with `e
 |   `-- ForeignRowError (3)   the row was made with another checkpoint: as above
 |-- StoreError         (5)    the online store is lost, damaged or was never backfilled: waiting does not heal it
 |   `-- UnavailableError (5)  the online store does not answer now: trying again may help
-`-- MachineError     (6)    Java, jars or the disk: the message says what to install or free
+`-- MachineError     (6)    Java, jars, the disk, a job service: the message says what to install, free or start
 """
 
 from __future__ import annotations
@@ -71,6 +71,6 @@ class UnavailableError(StoreError):
 
 
 class MachineError(VqlError):
-    """The machine lacks something: Java, the jars, space on the disk."""
+    """The machine lacks something: Java, the jars, space on the disk, a job service or its workers."""
 
     exit_code = 6

@@ -30,6 +30,7 @@ from pipelines.encode import EncodeEvents
 from pipelines.kafka_source import KafkaSource
 from pipelines.kafka_topic import KafkaLog, Start, open_topic, topic_positions
 from pipelines.parse import LETTERS, ParseRecords
+from pipelines.portable import run_job
 from pipelines.positions import slices, start_positions
 from pipelines.records import Ledger, Slice
 from pipelines.update import UpdateCounts, UpdateRows
@@ -97,8 +98,7 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS) -> StreamRe
     """Run the stream to its end; SIGTERM and SIGINT end it cleanly. pipeline_args are Beam's own options.
 
     Raises InputError, CheckpointError, StoreError or WireError: before anything runs where that can be known, else
-    when the worker stopped (runners in other processes hand it back as the text of a RuntimeError). Either way the
-    next start goes on where the committed positions are.
+    when the worker stopped, as run_job does. Either way the next start goes on where the committed positions are.
     """
     forget_opened()
     checkpoint = CheckpointRef(
@@ -112,8 +112,7 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS) -> StreamRe
     pipeline = beam.Pipeline(options=PipelineOptions(list(pipeline_args)))
     build(pipeline, source, checkpoint, plan)
     with ended_by_signals():
-        result = pipeline.run()
-        result.wait_until_finish()
+        result = run_job(pipeline)
     report = StreamReport(seconds=time.monotonic() - started_s, **_counts(result))
     log.info("stream ended", events=report.events_folded, skipped=report.events_skipped, seconds=report.seconds)
     return report
@@ -192,7 +191,8 @@ def _counts(result: PipelineResult) -> dict[str, int]:
     totals: dict[str, int] = {}
     for metric in found:
         name = metric.key.metric.name
-        totals[name] = totals.get(name, 0) + metric.result
+        # A runner may know of a counter and have neither figure: Prism, of one that was never raised.
+        totals[name] = totals.get(name, 0) + (metric.committed or metric.attempted or 0)
     return totals
 
 

@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
+
+import structlog
 
 from feature_repo.store import RowStore
 from models.checkpoint import Checkpoint, open_checkpoint
@@ -51,10 +54,20 @@ def opened_rows(handle: RowsHandle) -> RowStore:
 @lru_cache(maxsize=1)
 def opened_checkpoint(ref: CheckpointRef) -> Opened:
     """The checkpoint, opened once per process. Raises CheckpointError, and MismatchError when it was replaced."""
+    log_to_standard_error()
     checkpoint = open_checkpoint(ref.path)
     if checkpoint.checkpoint_id != ref.checkpoint_id:
         raise MismatchError(f"{ref.path} is checkpoint {checkpoint.checkpoint_id}, not {ref.checkpoint_id}; restart")
     return Opened(checkpoint=checkpoint, fold=checkpoint.fold())
+
+
+def log_to_standard_error() -> None:
+    """Where structlog's lines go in a process that nobody configured, as are the workers of Beam's pool.
+
+    The pool never reads its workers' standard output: the first 64 KiB written there would be a worker's last.
+    """
+    if not structlog.is_configured():
+        structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
 
 
 def forget_opened() -> None:

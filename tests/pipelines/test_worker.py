@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from feature_repo.handle import StoreHandle
 from models.errors import MismatchError
 from pipelines.worker import CheckpointRef, forget_opened, opened_checkpoint, opened_rows, stop_requested
 from tests.small import small_checkpoint, write_items
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_a_store_and_a_checkpoint_are_opened_once(tmp_path: Path) -> None:
@@ -38,3 +42,18 @@ def test_a_checkpoint_replaced_under_the_stream_is_refused(tmp_path: Path) -> No
 
     with pytest.raises(MismatchError, match=ref.checkpoint_id):
         opened_checkpoint(ref)
+
+
+def test_a_worker_writes_nothing_to_the_standard_output_that_nobody_reads(tmp_path: Path) -> None:
+    checkpoint = small_checkpoint(tmp_path / "c")
+    program = f"""
+from pathlib import Path
+import structlog
+from pipelines.worker import CheckpointRef, opened_checkpoint
+opened_checkpoint(CheckpointRef(path=Path({str(checkpoint.path)!r}), checkpoint_id={checkpoint.checkpoint_id!r}))
+structlog.get_logger().warning("a line")
+"""
+    said = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+
+    assert said.stdout == ""
+    assert "a line" in said.stderr
