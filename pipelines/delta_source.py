@@ -27,6 +27,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from models.errors import InputError
+from pipelines.metrics import process_metrics
 from pipelines.records import Ledger, PositionCoder, PositionMark, Records, Slice
 from pipelines.worker import stop_requested
 
@@ -103,6 +104,7 @@ class DeltaReader(UnboundedReader):
             return False
         if not self._ahead:
             self._ahead.extend(self._read_ahead())
+            process_metrics().log_end(self._partition, self._end)
         if not self._ahead:
             return False
         self._current = self._ahead.popleft()
@@ -157,6 +159,7 @@ class DeltaReader(UnboundedReader):
                 epoch=self._source.ledger.epoch,
                 partition=self._partition,
                 offset_N=offset_N[start:stop],
+                log_time_ms_N=np.full(len(offset_N[start:stop]), -1),
                 values=values[start:stop],
             )
 

@@ -15,16 +15,21 @@ import numpy as np
 from apache_beam.coders import Coder
 from apache_beam.io.unbounded_source import CheckpointMark
 
+from pipelines.metrics import process_metrics
 from pipelines.worker import RowsHandle, opened_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Records:
-    """Consecutive records of one partition: rising offsets and the original bytes."""
+    """Consecutive records of one partition: rising offsets, their times in the log and the original bytes.
+
+    log_time_ms_N: Unix ms, -1 where the log has none.
+    """
 
     epoch: int
     partition: int
     offset_N: np.ndarray
+    log_time_ms_N: np.ndarray
     values: list[bytes]
 
     def __len__(self) -> int:
@@ -66,6 +71,7 @@ class PositionMark(CheckpointMark):
 
     def finalize_checkpoint(self) -> None:
         self.ledger.commit(self.partition, self.offset)
+        process_metrics().committed(self.partition, self.offset)
 
 
 class PositionCoder(Coder):
