@@ -9,13 +9,21 @@ from pipelines.records import Records
 from tests.small import random_events
 
 
+def records(epoch: int, partition: int, first: int, values: list[bytes]) -> Records:
+    return Records(
+        epoch=epoch,
+        partition=partition,
+        offset_N=np.arange(first, first + len(values)),
+        log_time_ms_N=np.full(len(values), -1),
+        values=values,
+    )
+
+
 def test_events_go_on_and_the_rest_become_letters_with_their_positions() -> None:
     first, second = random_events(2)
     values = [msgspec.json.encode(first), b"\xff{", msgspec.json.encode(second), b"{}", b""]
 
-    batch, letters = parse_records(
-        Records(epoch=2, partition=5, offset_N=np.arange(10, 15), log_time_ms_N=np.full(5, -1), values=values)
-    )
+    batch, letters = parse_records(records(2, 5, 10, values))
 
     assert (batch.epoch, batch.partition) == (2, 5)
     assert batch.columns.user_ids == [first.user_id, second.user_id]
@@ -26,8 +34,6 @@ def test_events_go_on_and_the_rest_become_letters_with_their_positions() -> None
 
 
 def test_an_empty_batch_is_no_events_and_no_letters() -> None:
-    batch, letters = parse_records(
-        Records(epoch=0, partition=0, offset_N=np.empty(0, np.int64), log_time_ms_N=np.empty(0, np.int64), values=[])
-    )
+    batch, letters = parse_records(records(0, 0, 0, []))
 
     assert (len(batch.columns), letters) == (0, [])
