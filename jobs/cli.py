@@ -9,13 +9,15 @@ import importlib.metadata
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.cli_options import CheckpointPath, Log, State, offsets, pairs
+from jobs.cli_stream import stream
 from models.errors import InputError, VqlError
 from models.files import disk_error
 
@@ -32,16 +34,7 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 # Absolute, because executors and workers have working folders of their own.
-Log = Annotated[
-    Path, typer.Option(resolve_path=True, help="Folder of the log: Delta tables events, items, quarantine.")
-]
 Input = Annotated[Path, typer.Option("--input", resolve_path=True, help="A Parquet or CSV file or folder.")]
-State = Annotated[
-    Path, typer.Option(envvar="VQL_STATE", resolve_path=True, help="Folder of the online store and Feast's registry.")
-]
-CheckpointPath = Annotated[
-    Path, typer.Option("--checkpoint", resolve_path=True, help="A checkpoint directory, made by vql train.")
-]
 Master = Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")]
 Columns = Annotated[
     list[str], typer.Option("--column", help="FIELD=SQL expression over the file's columns; repeatable.")
@@ -110,7 +103,7 @@ def ingest(
     from jobs.ingest import ingest as run
     from jobs.spark import open_spark
 
-    chosen = EventSource(path=source, format=format_, columns=_pairs(column), where=where)
+    chosen = EventSource(path=source, format=format_, columns=pairs(column), where=where)
     report = run(open_spark(master), chosen, log, NewLog(partitions=partitions, epoch=epoch))
     out.print(
         f"{report.read:,} rows read: {report.appended:,} events appended, {report.already:,} already in the log, "
@@ -130,7 +123,7 @@ def ingest_items(
     from jobs.ingest import ingest_items as run
     from jobs.spark import open_spark
 
-    out.print(f"{run(open_spark(master), source, format_, _pairs(column), log):,} items")
+    out.print(f"{run(open_spark(master), source, format_, pairs(column), log):,} items")
 
 
 @app.command()
@@ -212,7 +205,7 @@ def backfill(
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
 
-    opened, until = open_checkpoint(checkpoint), None if cut is None else _offsets("--cut", cut)
+    opened, until = open_checkpoint(checkpoint), None if cut is None else offsets("--cut", cut)
     register(open_repo(state), opened.checkpoint_id)
     done = run(open_spark(master), opened, log, StoreHandle(state=state), until)
     out.print(
@@ -221,54 +214,7 @@ def backfill(
     )
 
 
-@app.command(context_settings={"allow_extra_args": True})
-def stream(
-    context: typer.Context,
-    checkpoint: CheckpointPath,
-    log: Log,
-    state: State,
-    until: Annotated[str, typer.Option(help="end: stop at the log's end as of now. forever: follow it.")] = "forever",
-    from_: Annotated[
-        str,
-        typer.Option(
-            "--from",
-            help="resume: at the committed positions or the backfill's cut. earliest. For a topic also latest, or the "
-            "offsets to read first, PARTITION=OFFSET,...",
-        ),
-    ] = "resume",
-    partitions: Annotated[str | None, typer.Option(help="0,1,2: this process's share of the log.")] = None,
-    topic: Annotated[
-        str | None, typer.Option(help="Read this Kafka topic, at VQL_KAFKA_BOOTSTRAP_SERVERS, not the log's table.")
-    ] = None,
-    epoch: Annotated[
-        int, typer.Option(min=1, help="The topic's epoch; raise it when the topic is created again or re-partitioned.")
-    ] = 1,
-) -> None:
-    """Fold new events of the log into the users' rows. Kill it at will; the same command goes on.
-
-    New items are seen at the next start. Options of the Beam runner follow after --, for example:
-    vql stream ... -- --runner=PortableRunner --job_endpoint=localhost:8099
-    """
-    from feature_repo.handle import StoreHandle
-    from pipelines.kafka_settings import kafka_settings
-    from pipelines.kafka_topic import KafkaLog
-    from pipelines.stream import IN_PROCESS, StreamPlan, run
-
-    plan = StreamPlan(
-        log_path=log / "events",
-        checkpoint_path=checkpoint,
-        store=StoreHandle(state=state),
-        dead_letters_path=log / "dead_letters",
-        kafka=None if topic is None else KafkaLog(kafka=kafka_settings(), topic=topic, epoch=epoch),
-        start=_offsets("--from", from_) if "=" in from_ else _choice("--from", from_, ("resume", "earliest", "latest")),
-        until=_choice("--until", until, ("end", "forever")),
-        partitions=None if partitions is None else tuple(_integer("--partitions", p) for p in partitions.split(",")),
-    )
-    report = run(plan, [*IN_PROCESS, *context.args])
-    out.print(
-        f"{report.events_folded:,} events folded in {report.seconds:.1f} s, {report.events_skipped:,} skipped as "
-        f"already in their rows, {report.dead_letters:,} dead letters, {report.unknown_items:,} of unknown items"
-    )
+app.command(context_settings={"allow_extra_args": True})(stream)
 
 
 @app.command()
@@ -326,34 +272,6 @@ def main() -> None:
         foreseen = isinstance(shown, VqlError)
         err.print(str(shown) if foreseen else f"{first} (--debug shows more)", markup=False, soft_wrap=True)
         sys.exit(shown.exit_code if foreseen else 1)
-
-
-def _pairs(texts: list[str], shape: str = "--column: FIELD=EXPRESSION") -> dict[str, str]:
-    pairs = [text.partition("=") for text in texts]
-    if bad := [text for text, (key, equals, value) in zip(texts, pairs, strict=True) if not (key and equals and value)]:
-        raise InputError(f"{bad[0]!r} is not as in {shape}")
-    return {key: value for key, _, value in pairs}
-
-
-def _offsets(option: str, text: str) -> dict[int, int]:
-    return {
-        _integer(option, p): _integer(option, o)
-        for p, o in _pairs(text.split(","), f"{option}: PARTITION=OFFSET,...").items()
-    }
-
-
-def _integer(option: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise InputError(f"{option}: {text!r} is not a whole number") from error
-
-
-def _choice(option: str, text: str, choices: tuple[str, ...]) -> Any:
-    for choice in choices:
-        if text == choice:
-            return choice
-    raise InputError(f"{option}: {text!r} is none of {', '.join(choices)}")
 
 
 def _sizes(make, **numbers):

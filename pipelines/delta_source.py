@@ -30,6 +30,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from models.errors import InputError
 from models.event import UNKNOWN_TIME, Records
+from pipelines.metrics import process_metrics
 from pipelines.records import Ledger, PositionCoder, PositionMark, Slice
 from pipelines.worker import stop_requested
 
@@ -106,6 +107,7 @@ class DeltaReader(UnboundedReader):
             return False
         if not self._ahead:
             self._ahead.extend(self._read_ahead())
+            process_metrics().log_end(self._partition, self._end)
         if not self._ahead:
             return False
         self._current = self._ahead.popleft()

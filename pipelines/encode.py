@@ -16,6 +16,7 @@ from apache_beam.metrics import Metrics
 from models.checkpoint import OTHER_ACTION
 from models.item_table import UNKNOWN
 from models.wire import pack_recent
+from pipelines.metrics import process_metrics
 from pipelines.parse import EventBatch
 from pipelines.worker import CheckpointRef, Opened, opened_checkpoint
 
@@ -59,9 +60,11 @@ class EncodeEvents(beam.DoFn):
 
     def setup(self) -> None:
         self._opened = opened_checkpoint(self._ref)
+        self._metrics = process_metrics()
 
     def process(self, batch: EventBatch) -> Iterator[EncodedBatch]:
         encoded = encode_batch(batch, self._opened)
         self._unknown_items.inc(encoded.unknown_items)
         self._unknown_actions.inc(encoded.unknown_actions)
+        self._metrics.encoded(encoded.unknown_items, encoded.unknown_actions)
         yield encoded

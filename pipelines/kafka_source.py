@@ -12,7 +12,7 @@ Dead letters, rows and positions know only the epoch: see `kafka_topic` for what
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import structlog
@@ -33,6 +33,7 @@ from models.errors import InputError
 from models.event import UNKNOWN_TIME, Records
 from pipelines.kafka_settings import KafkaSettings
 from pipelines.kafka_topic import Topic, TopicIdentity, lost_records, topic_watch
+from pipelines.metrics import process_metrics
 from pipelines.records import Ledger, PositionCoder, PositionMark, Slice
 from pipelines.worker import stop_requested
 
@@ -52,6 +53,7 @@ READER_OPTIONS = {
     # Memory per partition, and how soon a reader that was that far ahead fetches again.
     "queued.max.messages.kbytes": 16_384,
     "fetch.queue.backoff.ms": 20,
+    "statistics.interval.ms": 5_000,
 }
 _OUT_OF_RANGE = (KafkaError._AUTO_OFFSET_RESET, KafkaError.OFFSET_OUT_OF_RANGE)
 
@@ -144,9 +146,11 @@ class KafkaReader(UnboundedReader):
         self._partition = part.partition
         self._until = part.until_offset
         self._offset = part.after_offset
+        self._metrics = process_metrics()
         self._watch = topic_watch(source.kafka, source.identity)
         self._at = TopicPartition(source.identity.name, part.partition, part.after_offset + 1)
-        self._consumer = Consumer(source.kafka.client() | READER_OPTIONS | {"group.id": source.ledger.group})
+        own = {"group.id": source.ledger.group, "stats_cb": partial(self._metrics.kafka_statistics, part.partition)}
+        self._consumer = Consumer(source.kafka.client() | READER_OPTIONS | own)
         self._consumer.assign([self._at])
 
     def start(self) -> bool:
@@ -161,6 +165,8 @@ class KafkaReader(UnboundedReader):
             messages += self._consumer.consume(self._source.batch_size - 1, 0) if messages else []
         # After the fetch, so that an answer which is newer than the records speaks for them.
         self._watch.check()
+        if (end := self._end()) >= 0:
+            self._metrics.log_end(self._partition, end - 1)
         return self._take(messages)
 
     def get_current(self) -> Records:
@@ -183,8 +189,12 @@ class KafkaReader(UnboundedReader):
 
     def _behind(self) -> bool:
         """Whether the partition has records that were not taken yet, as far as is known."""
-        _, end = self._consumer.get_watermark_offsets(self._at, cached=True)
+        end = self._end()
         return end < 0 or self._offset + 1 < end
+
+    def _end(self) -> int:
+        """The offset behind the partition's last record as the client knows it; negative before it does."""
+        return self._consumer.get_watermark_offsets(self._at, cached=True)[1]
 
     def _take(self, messages: list[Message]) -> bool:
         """Make the messages the current records; False when there are none among them."""

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.metrics import Metrics
 
 from models.event import FUTURE_MS_MAX, EventColumns, Records, parse_batch
 from pipelines.dead_letters import DeadLetter
+from pipelines.metrics import process_metrics
 
 LETTERS = "letters"
 
@@ -47,10 +49,16 @@ class ParseRecords(beam.DoFn):
         self._future_ms_max = future_ms_max
         self._records = Metrics.counter("vql", "records_read")
 
+    def setup(self) -> None:
+        self._metrics = process_metrics()
+
     def process(self, records: Records) -> Iterator[EventBatch | beam.pvalue.TaggedOutput]:
         self._records.inc(len(records))
         batch, letters = parse_records(records, self._future_ms_max)
+        good_N = np.searchsorted(records.offset_N, batch.columns.offset_N)
+        self._metrics.taken(records.partition, batch.columns.offset_N, records.log_time_ms_N[good_N])
         if letters:
+            self._metrics.dead_letters(letter.reason for letter in letters)
             yield beam.pvalue.TaggedOutput(LETTERS, letters)
         if len(batch.columns):
             yield batch

@@ -7,12 +7,35 @@ at the later of the two; starting further on would leave a hole that no stamp sh
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from feature_repo.store import Backfill
 from models.errors import InputError, StoreError
 from pipelines.delta_source import Log
 from pipelines.records import Slice
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """Share `index` of `count` of a log, whatever its number of partitions: those whose number leaves this rest."""
+
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise InputError(f"shard {self.index}/{self.count}: shards of {self.count} are 0/{self.count} and up")
+
+    def of(self, log: OpenedLog) -> tuple[int, ...]:
+        """Raises InputError where nothing is left for it."""
+        mine = tuple(partition for partition in log.ends if partition % self.count == self.index)
+        if not mine:
+            raise InputError(
+                f"shard {self.index}/{self.count} has no partition of {log.path}, which has {len(log.ends)}; run at "
+                f"most {len(log.ends)} shards"
+            )
+        return mine
 
 
 class OpenedLog(Protocol):
@@ -29,10 +52,16 @@ class OpenedLog(Protocol):
 
 
 def slices(
-    log: OpenedLog, positions: Mapping[int, int], partitions: tuple[int, ...] | None, until: Literal["end", "forever"]
+    log: OpenedLog,
+    positions: Mapping[int, int],
+    partitions: tuple[int, ...] | Shard | None,
+    until: Literal["end", "forever"],
 ) -> tuple[Slice, ...]:
     """The parts of the log to read; partitions None: all. Raises InputError for partitions that it does not have."""
-    chosen = tuple(log.ends) if partitions is None else partitions
+    if isinstance(partitions, Shard):
+        chosen = partitions.of(log)
+    else:
+        chosen = tuple(log.ends) if partitions is None else partitions
     unknown = sorted(set(chosen) - set(log.ends))
     if unknown or not chosen:
         raise InputError(

@@ -14,6 +14,7 @@ import msgspec
 from apache_beam.coders import Coder
 from apache_beam.io.unbounded_source import CheckpointMark
 
+from pipelines.metrics import process_metrics
 from pipelines.worker import RowsHandle, opened_rows
 
 
@@ -52,6 +53,7 @@ class PositionMark(CheckpointMark):
 
     def finalize_checkpoint(self) -> None:
         self.ledger.commit(self.partition, self.offset)
+        process_metrics().committed(self.partition, self.offset)
 
 
 class PositionCoder(Coder):

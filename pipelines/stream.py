@@ -7,11 +7,8 @@ stamps skip. Several streams, each with its share of the partitions, or by mista
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,18 +23,21 @@ from models.checkpoint import open_checkpoint
 from models.errors import InputError, StoreError
 from pipelines.dead_letters import KeepDeadLetters
 from pipelines.delta_source import DeltaSource, open_log
+from pipelines.drain import drained_by_signals
 from pipelines.encode import EncodeEvents
+from pipelines.health import Health
 from pipelines.kafka_source import KafkaSource
 from pipelines.kafka_topic import KafkaLog, Start, open_topic, topic_positions
+from pipelines.metrics import process_metrics
 from pipelines.parse import LETTERS, ParseRecords
 from pipelines.portable import run_job
-from pipelines.positions import slices, start_positions
+from pipelines.positions import Shard, slices, start_positions
 from pipelines.records import Ledger, Slice
-from pipelines.update import UpdateCounts, UpdateRows
-from pipelines.worker import CheckpointRef, RowsHandle, forget_opened, opened_rows, stop_requested
+from pipelines.update import UpdateRows
+from pipelines.watch import UNWATCHED, Watch, watched
+from pipelines.worker import CheckpointRef, RowsHandle, forget_opened, opened_rows
 
 IN_PROCESS = ("--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner", "--streaming")
-PROGRESS_INTERVAL_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,8 @@ class StreamPlan:
 
     `kafka`: the topic to read in place of the Delta log at log_path. `start`: "resume" at the committed positions or
     the backfill's cut, or "earliest", the explicit choice to go without a backfill; for a topic also as
-    kafka_topic.topic_positions says. `until`: "end", the log's end as of now, or "forever". `partitions`: None for all.
+    kafka_topic.topic_positions says. `until`: "end", the log's end as of now, or "forever". `partitions`: these, a
+    share of them, or None for all.
     """
 
     log_path: Path
@@ -56,7 +57,7 @@ class StreamPlan:
     kafka: KafkaLog | None = None
     start: Start = "resume"
     until: Literal["end", "forever"] = "end"
-    partitions: tuple[int, ...] | None = None
+    partitions: tuple[int, ...] | Shard | None = None
     batch_size: int = 10_000
     bundle_s: float = 2.0
     poll_s: float = 0.5
@@ -90,11 +91,10 @@ def build(pipeline: beam.Pipeline, source: UnboundedSource, checkpoint: Checkpoi
         parsed["events"]
         | "Encode" >> beam.ParDo(EncodeEvents(checkpoint))
         | "Update" >> beam.ParDo(UpdateRows(checkpoint, plan.store))
-        | "LogProgress" >> beam.ParDo(LogProgress())
     )
 
 
-def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS) -> StreamReport:
+def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS, watch: Watch = UNWATCHED) -> StreamReport:
     """Run the stream to its end; SIGTERM and SIGINT end it cleanly. pipeline_args are Beam's own options.
 
     Raises InputError, CheckpointError, StoreError or WireError: before anything runs where that can be known, else
@@ -108,10 +108,15 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS) -> StreamRe
     log = structlog.get_logger()
     read = plan.log_path if plan.kafka is None else plan.kafka.topic
     log.info("stream starts", log=str(read), until=plan.until, slices=[_words(s) for s in source.slices])
+    if any(argument.startswith("--runner=") and argument not in IN_PROCESS for argument in pipeline_args):
+        log.warning("figures are empty", reason="the runner's workers are other processes: look at the runner's own")
+    metrics = process_metrics()
+    metrics.begin({part.partition: part.after_offset for part in source.slices})
     started_s = time.monotonic()
     pipeline = beam.Pipeline(options=PipelineOptions(list(pipeline_args)))
     build(pipeline, source, checkpoint, plan)
-    with ended_by_signals():
+    health = Health(metrics=metrics, store=plan.store, checkpoint_id=checkpoint.checkpoint_id, started_s=time.time())
+    with watched(watch, health), drained_by_signals(watch.drain_s):
         result = run_job(pipeline)
     report = StreamReport(seconds=time.monotonic() - started_s, **_counts(result))
     log.info("stream ended", events=report.events_folded, skipped=report.events_skipped, seconds=report.seconds)
@@ -146,44 +151,6 @@ def resolve(plan: StreamPlan, checkpoint_id: str) -> DeltaSource | KafkaSource:
 def bundle_share_s(source: DeltaSource | KafkaSource, plan: StreamPlan) -> float:
     """The in-process runner reads the partitions one after another within a bundle."""
     return plan.bundle_s / len(source.slices)
-
-
-class LogProgress(beam.DoFn):
-    """A line every PROGRESS_INTERVAL_S, per worker process."""
-
-    def setup(self) -> None:
-        self._since_s, self._events = time.monotonic(), 0
-
-    def process(self, counts: UpdateCounts) -> None:
-        self._events += counts.events_folded + counts.events_skipped
-        elapsed_s = time.monotonic() - self._since_s
-        if elapsed_s >= PROGRESS_INTERVAL_S:
-            structlog.get_logger().info("stream", events_per_s=round(self._events / elapsed_s))
-            self.setup()
-
-
-@contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGINT end the readers of this process; a second one has its usual effect."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    def end(_number: int, _frame: object) -> None:
-        stop_requested.set()
-        restore()
-
-    for number in usual:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        restore()
 
 
 def _counts(result: PipelineResult) -> dict[str, int]:

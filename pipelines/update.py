@@ -21,6 +21,7 @@ from models.errors import InputError, StoreError, WireError
 from models.row import Fold, Row, RowBytes, advance, decode_row, new_row
 from models.wire import Stamp
 from pipelines.encode import EncodedBatch
+from pipelines.metrics import process_metrics
 from pipelines.worker import CheckpointRef, RowsHandle, opened_checkpoint, opened_rows
 
 TRIES = 20
@@ -146,9 +147,12 @@ class UpdateRows(beam.DoFn):
     def setup(self) -> None:
         self._fold = opened_checkpoint(self._ref).fold
         self._rows = opened_rows(self._store)
+        self._metrics = process_metrics()
 
     def process(self, batch: EncodedBatch) -> Iterator[UpdateCounts]:
         counts = update_rows(self._rows, self._fold, batch)
         for name, counter in self._counters.items():
             counter.inc(getattr(counts, name))
+        self._metrics.observe(counts)
+        self._metrics.put(batch.partition)
         yield counts

@@ -68,6 +68,7 @@ def test_imports_run_one_way_and_files_say_what_they_hold():
         ("pipelines/a.py", "if 1:\n    import torch", ["pipelines/a.py:2: imports torch"]),
         ("jobs/train.py", "import pipelines.stream", ["jobs/train.py:1: imports pipelines"]),
         ("jobs/cli.py", "import pipelines.stream", []),
+        ("jobs/cli_stream.py", "import pipelines.stream", []),
         ("jobs/a.py", "import torch, pyspark, models.cache, feature_repo.store, deltalake", []),
         ("deploy/a.py", "", ["deploy/a.py:1: deploy/ holds no Python"]),
         ("tests/jobs/utils.py", "import pickle", ["tests/jobs/utils.py:1: the name says nothing"]),

@@ -1,0 +1,52 @@
+"""What several commands of the command line share: options of one meaning, and how their texts are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from models.errors import InputError
+
+# Absolute, because executors and workers have working folders of their own.
+Log = Annotated[
+    Path, typer.Option(resolve_path=True, help="Folder of the log: Delta tables events, items, quarantine.")
+]
+State = Annotated[
+    Path, typer.Option(envvar="VQL_STATE", resolve_path=True, help="Folder of the online store and Feast's registry.")
+]
+CheckpointPath = Annotated[
+    Path, typer.Option("--checkpoint", resolve_path=True, help="A checkpoint directory, made by vql train.")
+]
+
+
+def pairs(texts: list[str], shape: str = "--column: FIELD=EXPRESSION") -> dict[str, str]:
+    """FIELD=VALUE texts. Raises InputError for another shape."""
+    found = [text.partition("=") for text in texts]
+    if bad := [text for text, (key, equals, value) in zip(texts, found, strict=True) if not (key and equals and value)]:
+        raise InputError(f"{bad[0]!r} is not as in {shape}")
+    return {key: value for key, _, value in found}
+
+
+def offsets(option: str, text: str) -> dict[int, int]:
+    """PARTITION=OFFSET,... Raises InputError for another shape."""
+    return {
+        integer(option, p): integer(option, o)
+        for p, o in pairs(text.split(","), f"{option}: PARTITION=OFFSET,...").items()
+    }
+
+
+def integer(option: str, text: str) -> int:
+    """Raises InputError naming the option."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError(f"{option}: {text!r} is not a whole number") from error
+
+
+def choice(option: str, text: str, choices: tuple[str, ...]) -> Any:
+    """The text if it is one of the choices. Raises InputError naming them."""
+    if text in choices:
+        return text
+    raise InputError(f"{option}: {text!r} is none of {', '.join(choices)}")
