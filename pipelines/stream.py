@@ -24,7 +24,7 @@ from apache_beam.runners.runner import PipelineResult
 
 from models.checkpoint import open_checkpoint
 from models.errors import InputError, StoreError
-from pipelines.dead_letters import KeepDeadLetters
+from pipelines.keep_dead_letters import KeepDeadLetters
 from pipelines.delta_source import DeltaSource, open_log
 from pipelines.encode import EncodeEvents
 from pipelines.kafka_source import KafkaSource
