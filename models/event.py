@@ -1,19 +1,24 @@
-"""One behaviour as it travels on the log, and how raw bytes become checked columns.
+"""One behaviour as it travels on the log, and how raw records become checked columns.
 
-An event is a JSON object (UTF-8) keyed by user_id:
+An event is a JSON object (UTF-8) in a record keyed by user_id:
 
     {"event_id": "b1-7", "user_id": "u1", "item_id": "p9", "action": "purchase",
      "event_time_ms": 1483271606000, "weight": 1.0}
 
 `weight` defaults to 1; a negative weight retracts an earlier event: same item, action, event_time_ms and
-size of weight.
-Knows the contract of an event and nothing of where it came from.
+size of weight. A record with a key and no value is a tombstone: what came before it of that user is erased. Among
+the checked columns it is the one whose weight is 0.
+
+Most records are good, so a batch is decoded by one compiled decoder that knows the limits, and screened by column;
+only what either of them refuses is looked at again, to say why. Knows the contract of an event and nothing of where
+it came from.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 from zlib import crc32
 
 import msgspec
@@ -23,10 +28,34 @@ from jaxtyping import Float32, Int64, UInt32
 from models.errors import EventError
 
 ID_BYTES_MAX = 128
+RECORD_BYTES_MAX = 65_536
 # 1973-03 and 2100-01: anything outside is a unit mistake (seconds, microseconds), not a behaviour.
 EVENT_TIME_MS_MIN = 100_000_000_000
 EVENT_TIME_MS_MAX = 4_102_444_800_000
 WEIGHT_MIN, WEIGHT_MAX = 1e-6, 1e6
+# An event from further ahead of its record's own time is refused: reading as of it would decay a history to nothing.
+FUTURE_MS_MAX = 600_000
+UNKNOWN_TIME = -1
+REASONS = ("json", "schema", "length", "event_time", "weight", "size", "key", "future")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Records:
+    """Consecutive records of one partition, as they lie on the log: rising offsets, keys and the original bytes.
+
+    log_time_ms_N is each record's own timestamp (Unix ms), UNKNOWN_TIME where the log keeps none; a key is None where
+    the log keeps none, a value where the record is a tombstone.
+    """
+
+    epoch: int
+    partition: int
+    offset_N: Int64[np.ndarray, "N"]
+    log_time_ms_N: Int64[np.ndarray, "N"]
+    keys: Sequence[bytes | None]
+    values: Sequence[bytes | None]
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,9 +69,26 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
     weight: float = 1.0
 
 
+_Id = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_BYTES_MAX)]
+
+
+class _Limited(Event, frozen=True, kw_only=True):
+    """An Event whose limits the decoder checks: those of ids as letters, which is enough for ASCII."""
+
+    event_id: _Id
+    user_id: _Id
+    item_id: _Id
+    action: _Id
+    event_time_ms: Annotated[int, msgspec.Meta(ge=EVENT_TIME_MS_MIN, lt=EVENT_TIME_MS_MAX)]
+    weight: Annotated[float, msgspec.Meta(ge=-WEIGHT_MAX, le=WEIGHT_MAX)] = 1.0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EventColumns:
-    """Checked events of one partition in log order, by column. event_hash is crc32 of the event id."""
+    """Checked events of one partition in log order, by column. event_hash is crc32 of the event id.
+
+    A tombstone is among them with its user, weight 0, and nothing else.
+    """
 
     event_ids: list[str]
     user_ids: list[str]
@@ -59,15 +105,18 @@ class EventColumns:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reject:
-    """A record that is no event: its offset, the reason code, a sentence for people, the original bytes."""
+    """A record that is no event: its offset, a reason of REASONS, a sentence for people, the original bytes."""
 
     offset: int
+    log_time_ms: int
     reason: str
     detail: str
+    key: bytes | None
     value: bytes
 
 
 _DECODER = msgspec.json.Decoder(Event)
+_LIMITED_DECODER = msgspec.json.Decoder(_Limited)
 
 
 def parse(value: bytes) -> Event:
@@ -77,6 +126,8 @@ def parse(value: bytes) -> Event:
     Traceback (most recent call last):
     models.errors.EventError: event_time: event_time_ms 1600000000 is not Unix ms of 1973..2100 (seconds?)
     """
+    if len(value) > RECORD_BYTES_MAX:
+        raise EventError("size", f"the record has {len(value)} bytes, over {RECORD_BYTES_MAX}")
     try:
         event = _DECODER.decode(value)
     except msgspec.ValidationError as error:
@@ -103,31 +154,113 @@ def check(event: Event) -> Event:
     return event
 
 
-def parse_batch(values: Sequence[bytes], offset_N: Int64[np.ndarray, "N"]) -> tuple[EventColumns, list[Reject]]:
-    """Decode a batch of one partition; what is no event comes back as a Reject, in order."""
-    events: list[Event] = []
-    offsets: list[int] = []
-    rejects: list[Reject] = []
-    for value, offset in zip(values, offset_N.tolist(), strict=True):
+def tombstone(key: bytes | None) -> Event:
+    """What stands among events for a record without a value. Raises EventError when its key names no user."""
+    try:
+        user_id = (key or b"").decode()
+    except UnicodeDecodeError as error:
+        raise EventError("key", f"a tombstone's key names no user: {error}") from error
+    if not 1 <= len(key or b"") <= ID_BYTES_MAX:
+        raise EventError("key", f"a tombstone's key has {len(key or b'')} bytes, not 1..{ID_BYTES_MAX}")
+    return Event(event_id="", user_id=user_id, item_id="", action="", event_time_ms=0, weight=0.0)
+
+
+def parse_batch(records: Records, future_ms_max: int = FUTURE_MS_MAX) -> tuple[EventColumns, list[Reject]]:
+    """Decode a batch; what is no event comes back as a Reject, in order.
+
+    future_ms_max: how far an event's time may lie after its record's own time.
+    """
+    events, places, refused = _decode(records)
+    found = columns(events, records.offset_N[places])
+    for n in _suspects(found, places, records, future_ms_max):
         try:
-            events.append(parse(value))
-            offsets.append(offset)
+            _judge(events[n], places[n], records, future_ms_max)
         except EventError as error:
-            rejects.append(Reject(offset=offset, reason=error.reason, detail=error.detail, value=value))
-    return columns(events, offsets), rejects
+            refused[places[n]] = error
+    if len(events) + len(refused) > len(records):
+        kept = [n for n, place in enumerate(places) if place not in refused]
+        found = columns([events[n] for n in kept], records.offset_N[[places[n] for n in kept]])
+    return found, [_reject(place, refused[place], records) for place in sorted(refused)]
+
+
+def _decode(records: Records) -> tuple[list[Event], list[int], dict[int, EventError]]:
+    """The events among the records, the place of each, and by place why the others are none."""
+    decode = _LIMITED_DECODER.decode
+    events: list[Event] = []
+    places: list[int] = []
+    refused: dict[int, EventError] = {}
+    for place, (value, key) in enumerate(zip(records.values, records.keys, strict=True)):
+        try:
+            events.append(tombstone(key) if value is None else decode(value))
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            try:
+                # Letters are not bytes: what the limits refuse may still be an event, and if not, this says why.
+                events.append(parse(value or b""))
+            except EventError as error:
+                refused[place] = error
+                continue
+        except EventError as error:
+            refused[place] = error
+            continue
+        places.append(place)
+    return events, places, refused
+
+
+def _suspects(found: EventColumns, places: list[int], records: Records, future_ms_max: int) -> Iterator[int]:
+    """Which of the decoded events may break the contract: cheap to ask, and never missing one that does."""
+    size_N = np.abs(found.weight_N)
+    log_time_ms_N = records.log_time_ms_N[places]
+    future_N = (log_time_ms_N != UNKNOWN_TIME) & (found.time_ms_N > log_time_ms_N + future_ms_max)
+    suspect_N = (size_N <= WEIGHT_MIN) | (size_N >= WEIGHT_MAX) | future_N
+    columns_of_ids = (found.event_ids, found.user_ids, found.item_ids, found.actions)
+    if not all("".join(ids).isascii() for ids in columns_of_ids):
+        for ids in columns_of_ids:
+            suspect_N |= [not each.isascii() for each in ids]
+    for n, (place, user_id) in enumerate(zip(places, found.user_ids, strict=True)):
+        key, value = records.keys[place], records.values[place]
+        if (key is not None and key != user_id.encode(errors="replace")) or len(value or b"") > RECORD_BYTES_MAX:
+            suspect_N[n] = True
+    return iter(np.flatnonzero(suspect_N).tolist())
+
+
+def _judge(event: Event, place: int, records: Records, future_ms_max: int) -> None:
+    """Raises EventError when an event breaks the contract by itself, or for the record that it came in."""
+    key, value, log_time_ms = records.keys[place], records.values[place], int(records.log_time_ms_N[place])
+    if value is None:
+        return
+    if len(value) > RECORD_BYTES_MAX:
+        raise EventError("size", f"the record has {len(value)} bytes, over {RECORD_BYTES_MAX}")
+    check(event)
+    if key is not None and key != event.user_id.encode():
+        raise EventError("key", f"the record's key {key[:ID_BYTES_MAX]!r} is not its user_id {event.user_id!r}")
+    if log_time_ms != UNKNOWN_TIME and event.event_time_ms > log_time_ms + future_ms_max:
+        ahead_s = (event.event_time_ms - log_time_ms) / 1000
+        raise EventError("future", f"event_time_ms {event.event_time_ms} is {ahead_s:,.0f} s after the record's own time")
+
+
+def _reject(place: int, error: EventError, records: Records) -> Reject:
+    return Reject(
+        offset=int(records.offset_N[place]),
+        log_time_ms=int(records.log_time_ms_N[place]),
+        reason=error.reason,
+        detail=error.detail,
+        key=records.keys[place],
+        value=records.values[place] or b"",
+    )
 
 
 def columns(events: Sequence[Event], offsets: Sequence[int]) -> EventColumns:
     """Events as columns; the order is kept."""
+    event_ids = [e.event_id for e in events]
     return EventColumns(
-        event_ids=[e.event_id for e in events],
+        event_ids=event_ids,
         user_ids=[e.user_id for e in events],
         item_ids=[e.item_id for e in events],
         actions=[e.action for e in events],
         offset_N=np.array(offsets, np.int64),
         time_ms_N=np.array([e.event_time_ms for e in events], np.int64),
         weight_N=np.array([e.weight for e in events], np.float32),
-        event_hash_N=np.array([hash_event_id(e.event_id) for e in events], np.uint32),
+        event_hash_N=np.array([crc32(each.encode()) for each in event_ids], np.uint32),
     )
 
 

@@ -27,7 +27,8 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from models.errors import InputError
-from pipelines.records import Ledger, PositionCoder, PositionMark, Records, Slice
+from models.event import UNKNOWN_TIME, Records
+from pipelines.records import Ledger, PositionCoder, PositionMark, Slice
 from pipelines.worker import stop_requested
 
 READ_AHEAD_BATCHES = 5
@@ -150,32 +151,41 @@ class DeltaReader(UnboundedReader):
         )
         if until <= self._offset:
             return
-        offset_N, values = self._read(until)
-        for start in range(0, len(values), self._source.batch_size):
-            stop = start + self._source.batch_size
-            yield Records(
-                epoch=self._source.ledger.epoch,
-                partition=self._partition,
-                offset_N=offset_N[start:stop],
-                values=values[start:stop],
-            )
+        rows = self._read(until)
+        for start in range(0, rows.num_rows, self._source.batch_size):
+            yield self._records(rows.slice(start, self._source.batch_size))
 
-    def _read(self, until: int) -> tuple[np.ndarray, list[bytes]]:
+    def _records(self, rows: pa.Table) -> Records:
+        values = rows["value"].to_pylist()
+        return Records(
+            epoch=self._source.ledger.epoch,
+            partition=self._partition,
+            offset_N=rows["offset"].to_numpy(),
+            log_time_ms_N=pc.fill_null(rows["log_time_ms"], UNKNOWN_TIME).to_numpy(),
+            # The ingest checked the keys; only a tombstone says no more than its key.
+            keys=_tombstone_keys(rows["user_id"]) if None in values else [None] * len(values),
+            values=values,
+        )
+
+    def _read(self, until: int) -> pa.Table:
         """Every record after the position up to `until`, by offset."""
         offset, epoch = pc.field("offset"), self._source.ledger.epoch
         wanted = (offset > self._offset) & (offset <= until) & (pc.field("epoch") == epoch)
         try:
-            rows = self._files.to_table(columns=["offset", "value"], filter=wanted)
+            rows = self._files.to_table(columns=["offset", "log_time_ms", "user_id", "value"], filter=wanted)
         except (OSError, pa.ArrowException, DeltaError) as error:
             raise InputError(
                 f"log {self._source.path} cannot be read at partition {self._partition}, offsets {self._offset + 1} to "
                 f"{until}: {error}; restore its files, or ingest again"
             ) from error
         rows = rows.sort_by("offset")
-        offset_N = rows["offset"].to_numpy()
-        _check_dense(offset_N, self._offset + 1, until, f"log {self._source.path}, partition {self._partition}")
-        # A null value (a Kafka tombstone) becomes a dead letter like any other record that is no event.
-        return offset_N, pc.fill_null(rows["value"], b"").to_pylist()
+        where = f"log {self._source.path}, partition {self._partition}"
+        _check_dense(rows["offset"].to_numpy(), self._offset + 1, until, where)
+        return rows
+
+
+def _tombstone_keys(user_ids: pa.ChunkedArray) -> list[bytes | None]:
+    return [None if user_id is None else user_id.encode() for user_id in user_ids.to_pylist()]
 
 
 def _check_dense(offset_N: np.ndarray, first: int, last: int, where: str) -> None:

@@ -30,9 +30,10 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient
 
 from models.errors import InputError
+from models.event import UNKNOWN_TIME, Records
 from pipelines.kafka_settings import KafkaSettings
 from pipelines.kafka_topic import Topic, TopicIdentity, lost_records, topic_watch
-from pipelines.records import Ledger, PositionCoder, PositionMark, Records, Slice
+from pipelines.records import Ledger, PositionCoder, PositionMark, Slice
 from pipelines.worker import stop_requested
 
 # While records are on their way, `advance` waits this long for the first of them: to say "nothing" costs a whole
@@ -198,12 +199,15 @@ class KafkaReader(UnboundedReader):
         self._offset = passed if self._until is None else min(passed, self._until)
         if count == 0:
             return False
-        # A tombstone (no value) becomes a dead letter like any other record that is no event.
+        good = good[:count]
+        times = (message.timestamp() for message in good)
         self._current = Records(
             epoch=self._source.ledger.epoch,
             partition=self._partition,
             offset_N=offset_N[:count],
-            values=[message.value() or b"" for message in good[:count]],
+            log_time_ms_N=np.fromiter((ms if kind else UNKNOWN_TIME for kind, ms in times), np.int64, count),
+            keys=[message.key() for message in good],
+            values=[message.value() for message in good],
         )
         return True
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import apache_beam as beam
 from apache_beam.metrics import Metrics
 
-from models.event import EventColumns, parse_batch
+from models.event import FUTURE_MS_MAX, EventColumns, Records, parse_batch
 from pipelines.dead_letters import DeadLetter
-from pipelines.records import Records
 
 LETTERS = "letters"
 
@@ -24,9 +23,9 @@ class EventBatch:
     columns: EventColumns
 
 
-def parse_records(records: Records) -> tuple[EventBatch, list[DeadLetter]]:
+def parse_records(records: Records, future_ms_max: int = FUTURE_MS_MAX) -> tuple[EventBatch, list[DeadLetter]]:
     """The events among the records, and a letter for each of the others."""
-    columns, rejects = parse_batch(records.values, records.offset_N)
+    columns, rejects = parse_batch(records, future_ms_max)
     letters = [
         DeadLetter(
             epoch=records.epoch,
@@ -44,12 +43,13 @@ def parse_records(records: Records) -> tuple[EventBatch, list[DeadLetter]]:
 class ParseRecords(beam.DoFn):
     """`parse_records`; dead letters go to the output LETTERS."""
 
-    def __init__(self) -> None:
+    def __init__(self, future_ms_max: int = FUTURE_MS_MAX) -> None:
+        self._future_ms_max = future_ms_max
         self._records = Metrics.counter("vql", "records_read")
 
     def process(self, records: Records) -> Iterator[EventBatch | beam.pvalue.TaggedOutput]:
         self._records.inc(len(records))
-        batch, letters = parse_records(records)
+        batch, letters = parse_records(records, self._future_ms_max)
         if letters:
             yield beam.pvalue.TaggedOutput(LETTERS, letters)
         if len(batch.columns):

@@ -1,6 +1,6 @@
 """What a source hands to the stream, and how it is told that the work is done: shared by every source.
 
-A source (the Delta log here; Kafka is the same seam) emits `Records`: a batch of one partition as one element,
+A source (the Delta log or a Kafka topic) emits `models.event.Records`: a batch of one partition as one element,
 because an element costs Beam about 35 us whatever it holds. Its position is committed through a `PositionMark`,
 which Beam finalises only after the bundle, and with it every put of these records, has succeeded.
 Knows nothing of events, users or rows.
@@ -11,24 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import msgspec
-import numpy as np
 from apache_beam.coders import Coder
 from apache_beam.io.unbounded_source import CheckpointMark
 
 from pipelines.worker import RowsHandle, opened_rows
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Records:
-    """Consecutive records of one partition: rising offsets and the original bytes."""
-
-    epoch: int
-    partition: int
-    offset_N: np.ndarray
-    values: list[bytes]
-
-    def __len__(self) -> int:
-        return len(self.values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

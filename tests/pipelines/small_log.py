@@ -23,6 +23,8 @@ SCHEMA = pa.schema(
         ("partition", pa.int32()),
         ("offset", pa.int64()),
         ("event_id", pa.string()),
+        ("user_id", pa.string()),
+        ("log_time_ms", pa.int64()),
         ("value", pa.binary()),
     ]
 )
@@ -57,6 +59,8 @@ def append(path: Path, partition: int, values: Sequence[bytes | None], first_off
         "partition": [partition] * len(values),
         "offset": range(first_offset, first_offset + len(values)),
         "event_id": [""] * len(values),
+        "user_id": [None] * len(values),
+        "log_time_ms": [None] * len(values),
         "value": values,
     }
     write_deltalake(path, pa.table({k: pa.array(v, SCHEMA.field(k).type) for k, v in rows.items()}), mode="append")
