@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.cli_dead_letters import app as dead_letters
 from models.errors import InputError, VqlError
 from models.files import disk_error
 
@@ -26,8 +27,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="A streaming per-codeword cache that gives rankers attention over a user's whole history.\n\n"
     "The way of an event: [b]ingest[/b] (files to the log), [b]train[/b] (log to checkpoint), [b]encode-items[/b], "
-    "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]rank[/b]. [b]demo[/b] goes all of it.",
+    "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]rank[/b]. [b]demo[/b] goes all of it. "
+    "[b]dead-letters[/b] shows what the stream refused.",
 )
+app.add_typer(dead_letters, name="dead-letters")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -219,6 +222,13 @@ def stream(
     epoch: Annotated[
         int, typer.Option(min=1, help="The topic's epoch; raise it when the topic is created again or re-partitioned.")
     ] = 1,
+    dead_letters_topic: Annotated[
+        str | None,
+        typer.Option(help="Send dead letters to this Kafka topic too, with reason and position as headers."),
+    ] = None,
+    dead_letters_table: Annotated[
+        bool, typer.Option(help="Whether letters that went to the topic are kept in the log's table as well.")
+    ] = True,
 ) -> None:
     """Fold new events of the log into the users' rows. Kill it at will; the same command goes on.
 
@@ -226,16 +236,22 @@ def stream(
     vql stream ... -- --runner=PortableRunner --job_endpoint=localhost:8099
     """
     from feature_repo.handle import StoreHandle
+    from pipelines.dead_letter_topic import DeadLetterTopic
     from pipelines.kafka_settings import kafka_settings
     from pipelines.kafka_topic import KafkaLog
     from pipelines.stream import IN_PROCESS, StreamPlan, run
 
+    if dead_letters_topic is None and not dead_letters_table:
+        raise InputError("--no-dead-letters-table needs --dead-letters-topic: letters must be kept somewhere")
     plan = StreamPlan(
         log_path=log / "events",
         checkpoint_path=checkpoint,
         store=StoreHandle(state=state),
         dead_letters_path=log / "dead_letters",
         kafka=None if topic is None else KafkaLog(kafka=kafka_settings(), topic=topic, epoch=epoch),
+        dead_letters_topic=None
+        if dead_letters_topic is None
+        else DeadLetterTopic(kafka=kafka_settings(), topic=dead_letters_topic, alone=not dead_letters_table),
         start=_offsets("--from", from_) if "=" in from_ else _choice("--from", from_, ("resume", "earliest", "latest")),
         until=_choice("--until", until, ("end", "forever")),
         partitions=None if partitions is None else tuple(_integer("--partitions", p) for p in partitions.split(",")),
@@ -245,6 +261,11 @@ def stream(
         f"{report.events_folded:,} events folded in {report.seconds:.1f} s, {report.events_skipped:,} skipped as "
         f"already in their rows, {report.dead_letters:,} dead letters, {report.unknown_items:,} of unknown items"
     )
+    if dead_letters_topic is not None:
+        out.print(
+            f"{report.dead_letters_sent:,} dead letters sent to {dead_letters_topic}; "
+            f"{report.dead_letters_too_large:,} too large for it, in the table"
+        )
 
 
 @app.command()

@@ -129,7 +129,7 @@ def merge(path: Path, rows: pa.Table, change: Callable[[TableMerger], TableMerge
     raise StoreError(f"dead letters cannot be written to {path}: other writers came first {TRIES} times")
 
 
-def read_dead_letters(path: Path, selection: Selection = Selection()) -> list[DeadLetter]:  # noqa: B008 frozen
+def read_dead_letters(path: Path, selection: Selection = Selection()) -> list[DeadLetter]:
     """The letters by position, originals and all; none when nothing bad was ever met. Raises InputError."""
     rows = read_rows(path, selection, SCHEMA.names)
     if rows is None:
@@ -146,9 +146,7 @@ def summaries(path: Path, selection: Selection) -> pa.Table:
     return rows
 
 
-def read_rows(
-    path: Path, selection: Selection, columns: Sequence[str] | dict[str, ds.Expression]
-) -> pa.Table | None:
+def read_rows(path: Path, selection: Selection, columns: Sequence[str] | dict[str, ds.Expression]) -> pa.Table | None:
     """The selected rows of a Delta table that is known by positions; None when there is no table."""
     try:
         files = DeltaTable(path).to_pyarrow_dataset()

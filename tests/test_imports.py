@@ -17,7 +17,7 @@ FORBIDDEN = {
     "jobs": {"pipelines"},
 }
 # The command line starts both sides, and the demo shows both.
-STARTS_BOTH = {"jobs/cli.py", "jobs/demo.py"}
+STARTS_BOTH = {"jobs/cli.py", "jobs/cli_dead_letters.py", "jobs/demo.py"}
 NAMES_THAT_SAY_NOTHING = {"utils.py", "common.py", "helpers.py", "base.py", "misc.py"}
 
 
