@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.printable import escaped, plain, printable, time_words
+from jobs.letter_tables import counts_table, newest_table, place_of
+from jobs.printable import plain, printable, time_words
 from models.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pipelines.replay import Decision, Replay
 
 LEFT_OUT = 7
-DETAIL_LETTERS, VALUE_BYTES = 80, 2_000
+VALUE_BYTES = 2_000
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -73,31 +74,18 @@ def list_(
     selection = _selection(reason, partition, since)
     rows = summaries(letters, selection)
     replays = read_replays(letters, selection)
-    order = [
-        ("epoch", "descending"),
-        ("log_time_ms", "descending"),
-        ("offset", "descending"),
-        ("partition", "ascending"),
-    ]
+    order = [(name, "descending") for name in ("epoch", "log_time_ms", "offset", "partition")]
     newest = rows.take(pc.sort_indices(rows, order))
     if json_:
         for row in newest.to_pylist():
-            _print_json(row | _replayed(replays.get(_place(row))))
+            _print_json(row | _replayed(replays.get(place_of(row))))
         return
     if rows.num_rows == 0:
         out.print("no dead letters" + (" that match" if reason or partition or since is not None else ""))
         return
-    counts = rows.group_by(["reason", "partition"]).aggregate([("size_bytes", "count"), ("offset", "max")])
-    by_count = Table(title="dead letters by reason and partition", title_justify="left")
-    for name in ("letters", "reason", "partition", "last offset"):
-        by_count.add_column(name, justify="left" if name == "reason" else "right")
-    for row in counts.sort_by([("size_bytes_count", "descending"), ("reason", "ascending")]).to_pylist():
-        by_count.add_row(
-            f"{row['size_bytes_count']:,}", plain(row["reason"]), str(row["partition"]), str(row["offset_max"])
-        )
-    out.print(by_count)
+    out.print(counts_table(rows))
     if limit:
-        out.print(_newest(newest.slice(0, limit).to_pylist(), rows.num_rows, replays))
+        out.print(newest_table(newest.slice(0, limit).to_pylist(), rows.num_rows, replays))
 
 
 @app.command()
@@ -195,7 +183,7 @@ def replay(
     letters = _table(log)
     selection = _selection(reason, partition, since, _places(letters, positions) if positions else ())
     rows = summaries(letters, selection).to_pylist()
-    sizes = [(_place(row), row["size_bytes"]) for row in rows]
+    sizes = [(place_of(row), row["size_bytes"]) for row in rows]
     target = open_topic(KafkaLog(kafka=kafka_settings(), topic=topic, epoch=epoch))
     rules = Rules(now_ms=_now_ms(), again=again, force=force)
     turn_done = replay_turn if yes else plan_turn
@@ -253,27 +241,6 @@ def _numbers(text: str) -> tuple[int, ...]:
     if len(numbers) not in (2, 3) or not all(number.isdecimal() for number in numbers):
         raise InputError(f"{text!r} is no position: PARTITION:OFFSET or EPOCH:PARTITION:OFFSET")
     return tuple(map(int, numbers))
-
-
-def _place(row: dict[str, Any]) -> Position:
-    return (row["epoch"], row["partition"], row["offset"])
-
-
-def _newest(rows: list[dict[str, Any]], total: int, replays: dict[Position, Replay]) -> Table:
-    table = Table(title=f"the newest {len(rows):,} of {total:,}", title_justify="left")
-    for name in ("position", "log time", "reason", "bytes", "replayed", "detail"):
-        table.add_column(name, justify="right" if name == "bytes" else "left", no_wrap=name == "position")
-    for row in rows:
-        detail = escaped(row["detail"])
-        table.add_row(
-            ":".join(map(str, _place(row))),
-            time_words(row["log_time_ms"]),
-            plain(row["reason"]),
-            f"{row['size_bytes']:,}",
-            "" if (replay := replays.get(_place(row))) is None else replay.words,
-            Text(detail if len(detail) <= DETAIL_LETTERS else detail[: DETAIL_LETTERS - 1] + "…"),
-        )
-    return table
 
 
 def _print_left_out(left_out: list[Decision]) -> None:
