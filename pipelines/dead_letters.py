@@ -80,10 +80,11 @@ class Selection:
     positions: tuple[Position, ...] = ()
 
     def condition(self) -> ds.Expression | None:
-        """The selection as a filter of Arrow; of positions only a superset, for `holds` to narrow down."""
+        """The selection by numbers as a filter of Arrow, which knows the files that hold them; a superset.
+
+        Rejected: the reasons too; Arrow cannot compare delta-rs's statistics of strings with its own strings.
+        """
         parts = []
-        if self.reasons:
-            parts.append(ds.field("reason").isin(self.reasons))
         if partitions := self.partitions or tuple({partition for _, partition, _ in self.positions}):
             parts.append(ds.field("partition").isin(partitions))
         if self.since_offset is not None:
@@ -95,8 +96,10 @@ class Selection:
             whole = part if whole is None else whole & part
         return whole
 
-    def holds(self, rows: pa.Table) -> pa.Table:
-        """The rows at the positions, when there are any."""
+    def narrow(self, rows: pa.Table) -> pa.Table:
+        """Those of the rows under `condition` that are selected."""
+        if self.reasons:
+            rows = rows.filter(pc.is_in(rows["reason"].cast(pa.string()), pa.array(self.reasons, pa.string())))
         if not self.positions:
             return rows
         wanted = set(self.positions)
@@ -152,7 +155,7 @@ def read_rows(path: Path, selection: Selection, columns: Sequence[str] | dict[st
         files = DeltaTable(path).to_pyarrow_dataset()
         # Few rows at a time: one can be of ten megabytes.
         scanner = files.scanner(columns, selection.condition(), batch_size=1_000, batch_readahead=1)
-        return selection.holds(scanner.to_table())
+        return selection.narrow(scanner.to_table())
     except TableNotFoundError:
         return None
     except (DeltaError, pa.ArrowException, OSError) as error:
