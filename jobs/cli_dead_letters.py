@@ -118,10 +118,7 @@ def show(
         _print_json(
             {name: getattr(letter, name) for name in names}
             | {"value_base64": _base64(letter.value), "key_base64": _base64(letter.key), "refused_now": now}
-            | _replayed(
-                {} if replay is None else {place: replay},
-                {"epoch": place[0], "partition": place[1], "offset": place[2]},
-            )
+            | _replayed(replay)
         )
         return
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.table import Table
 from rich.text import Text
@@ -13,10 +13,15 @@ from jobs.printable import escaped, plain, time_words
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from pipelines.dead_letters import Position
-    from pipelines.replay import Replay
-
 DETAIL_LETTERS = 80
+Position = tuple[int, int, int]
+
+
+class Replayed(Protocol):
+    """What became of a replay, in words."""
+
+    @property
+    def words(self) -> str: ...
 
 
 def counts_table(rows: pa.Table) -> Table:
@@ -32,7 +37,7 @@ def counts_table(rows: pa.Table) -> Table:
     return table
 
 
-def newest_table(rows: Sequence[Mapping[str, Any]], total: int, replays: Mapping[Position, Replay]) -> Table:
+def newest_table(rows: Sequence[Mapping[str, Any]], total: int, replays: Mapping[Position, Replayed]) -> Table:
     """A line for each of these letters, of `total` ones."""
     table = Table(title=f"the newest {len(rows):,} of {total:,}", title_justify="left")
     for name in ("position", "log time", "reason", "bytes", "replayed", "detail"):
