@@ -41,6 +41,13 @@ def stream(
     epoch: Annotated[
         int, typer.Option(min=1, help="The topic's epoch; raise it when the topic is created again or re-partitioned.")
     ] = 1,
+    dead_letters_topic: Annotated[
+        str | None,
+        typer.Option(help="Send dead letters to this Kafka topic too, with reason and position as headers."),
+    ] = None,
+    dead_letters_table: Annotated[
+        bool, typer.Option(help="Whether letters that went to the topic are kept in the log's table as well.")
+    ] = True,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -66,18 +73,24 @@ def stream(
     """
     from feature_repo.handle import StoreHandle
     from jobs.logs import configure_logs
+    from pipelines.dead_letter_topic import DeadLetterTopic
     from pipelines.kafka_settings import kafka_settings
     from pipelines.kafka_topic import KafkaLog
     from pipelines.stream import IN_PROCESS, StreamPlan, run
     from pipelines.watch import Watch
 
     configure_logs(log_level)
+    if dead_letters_topic is None and not dead_letters_table:
+        raise InputError("--no-dead-letters-table needs --dead-letters-topic: letters must be kept somewhere")
     plan = StreamPlan(
         log_path=log / "events",
         checkpoint_path=checkpoint,
         store=StoreHandle(state=state),
         dead_letters_path=log / "dead_letters",
         kafka=None if topic is None else KafkaLog(kafka=kafka_settings(), topic=topic, epoch=epoch),
+        dead_letters_topic=None
+        if dead_letters_topic is None
+        else DeadLetterTopic(kafka=kafka_settings(), topic=dead_letters_topic, alone=not dead_letters_table),
         start=offsets("--from", from_) if "=" in from_ else choice("--from", from_, ("resume", "earliest", "latest")),
         until=choice("--until", until, ("end", "forever")),
         partitions=share_of(partitions, shard),
@@ -88,6 +101,11 @@ def stream(
         f"{report.events_folded:,} events folded in {report.seconds:.1f} s, {report.events_skipped:,} skipped as "
         f"already in their rows, {report.dead_letters:,} dead letters, {report.unknown_items:,} of unknown items"
     )
+    if dead_letters_topic is not None:
+        out.print(
+            f"{report.dead_letters_sent:,} dead letters sent to {dead_letters_topic}; "
+            f"{report.dead_letters_too_large:,} too large for it, in the table"
+        )
 
 
 def share_of(partitions: str | None, shard: str | None) -> tuple[int, ...] | Shard | None:

@@ -36,6 +36,8 @@ def parse_records(records: Records, future_ms_max: int = FUTURE_MS_MAX) -> tuple
             reason=reject.reason,
             detail=reject.detail,
             value=reject.value,
+            key=reject.key,
+            log_time_ms=reject.log_time_ms,
         )
         for reject in rejects
     ]

@@ -21,13 +21,14 @@ from apache_beam.runners.runner import PipelineResult
 
 from models.checkpoint import open_checkpoint
 from models.errors import InputError, StoreError
-from pipelines.dead_letters import KeepDeadLetters
+from pipelines.dead_letter_topic import DeadLetterTopic
 from pipelines.delta_source import DeltaSource, open_log
 from pipelines.drain import drained_by_signals
 from pipelines.encode import EncodeEvents
 from pipelines.health import Health
 from pipelines.kafka_source import KafkaSource
 from pipelines.kafka_topic import KafkaLog, Start, open_topic, topic_positions
+from pipelines.keep_dead_letters import KeepDeadLetters
 from pipelines.metrics import process_metrics
 from pipelines.parse import LETTERS, ParseRecords
 from pipelines.portable import run_job
@@ -44,7 +45,8 @@ IN_PROCESS = ("--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunne
 class StreamPlan:
     """What one stream does.
 
-    `kafka`: the topic to read in place of the Delta log at log_path. `start`: "resume" at the committed positions or
+    `kafka`: the topic to read in place of the Delta log at log_path. `dead_letters_topic`: beside, or in place of, the
+    table of dead letters. `start`: "resume" at the committed positions or
     the backfill's cut, or "earliest", the explicit choice to go without a backfill; for a topic also as
     kafka_topic.topic_positions says. `until`: "end", the log's end as of now, or "forever". `partitions`: these, a
     share of them, or None for all.
@@ -55,6 +57,7 @@ class StreamPlan:
     store: RowsHandle
     dead_letters_path: Path
     kafka: KafkaLog | None = None
+    dead_letters_topic: DeadLetterTopic | None = None
     start: Start = "resume"
     until: Literal["end", "forever"] = "end"
     partitions: tuple[int, ...] | Shard | None = None
@@ -62,14 +65,25 @@ class StreamPlan:
     bundle_s: float = 2.0
     poll_s: float = 0.5
 
+    @property
+    def source_name(self) -> str:
+        """What is read: the topic's name, or the log's path."""
+        return str(self.log_path) if self.kafka is None else self.kafka.topic
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamReport:
-    """What a stream did. records_read = dead letters met + events_folded + events_skipped; dead_letters: new ones."""
+    """What a stream did. records_read = dead letters met + events_folded + events_skipped.
+
+    dead_letters: those new to the table; dead_letters_sent: those that their topic took, copies included;
+    dead_letters_too_large: those that it refused for their size, which are in the table.
+    """
 
     seconds: float
     records_read: int = 0
     dead_letters: int = 0
+    dead_letters_sent: int = 0
+    dead_letters_too_large: int = 0
     unknown_items: int = 0
     unknown_actions: int = 0
     events_folded: int = 0
@@ -86,7 +100,8 @@ def build(pipeline: beam.Pipeline, source: UnboundedSource, checkpoint: Checkpoi
         | "Read" >> ReadFromUnboundedSource(source, plan.poll_s, max_read_time_seconds=bundle_share_s(source, plan))
         | "Parse" >> beam.ParDo(ParseRecords()).with_outputs(LETTERS, main="events")
     )
-    parsed[LETTERS] | "KeepDeadLetters" >> beam.ParDo(KeepDeadLetters(plan.dead_letters_path))
+    keep = KeepDeadLetters(plan.dead_letters_path, plan.dead_letters_topic, plan.source_name)
+    parsed[LETTERS] | "KeepDeadLetters" >> beam.ParDo(keep)
     (
         parsed["events"]
         | "Encode" >> beam.ParDo(EncodeEvents(checkpoint))
@@ -105,9 +120,9 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS, watch: Watc
         path=plan.checkpoint_path, checkpoint_id=open_checkpoint(plan.checkpoint_path).checkpoint_id
     )
     source = resolve(plan, checkpoint.checkpoint_id)
+    _check_dead_letters_topic(plan)
     log = structlog.get_logger()
-    read = plan.log_path if plan.kafka is None else plan.kafka.topic
-    log.info("stream starts", log=str(read), until=plan.until, slices=[_words(s) for s in source.slices])
+    log.info("stream starts", log=plan.source_name, until=plan.until, slices=[_words(s) for s in source.slices])
     if any(argument.startswith("--runner=") and argument not in IN_PROCESS for argument in pipeline_args):
         log.warning("figures are empty", reason="the runner's workers are other processes: look at the runner's own")
     metrics = process_metrics()
@@ -146,6 +161,15 @@ def resolve(plan: StreamPlan, checkpoint_id: str) -> DeltaSource | KafkaSource:
         ledger=Ledger(store=plan.store, checkpoint_id=checkpoint_id, epoch=log.epoch),
         batch_size=plan.batch_size,
     )
+
+
+def _check_dead_letters_topic(plan: StreamPlan) -> None:
+    to = plan.dead_letters_topic
+    if to is None:
+        return
+    if plan.kafka is not None and to.topic == plan.kafka.topic:
+        raise InputError(f"dead letters cannot go to {to.topic}, the topic that is read: name another one")
+    open_topic(KafkaLog(kafka=to.kafka, topic=to.topic))
 
 
 def bundle_share_s(source: DeltaSource | KafkaSource, plan: StreamPlan) -> float:

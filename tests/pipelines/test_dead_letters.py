@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from models.errors import StoreError
-from pipelines.dead_letters import DeadLetter, read_dead_letters, write_dead_letters
+from models.errors import InputError, StoreError
+from pipelines.dead_letters import DeadLetter, Selection, read_dead_letters, summaries, write_dead_letters
 
 
 def letter(offset: int, partition: int = 0, epoch: int = 1) -> DeadLetter:
@@ -57,3 +58,64 @@ def test_a_folder_that_cannot_be_a_table_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(StoreError, match=str(tmp_path / "d")):
         write_dead_letters(tmp_path / "d", [letter(1)])
+
+
+def test_keys_log_times_and_tombstones_are_kept(tmp_path: Path) -> None:
+    whole = replace(letter(1), value=None, key=b"\xffk", log_time_ms=1_600_000_000_000)
+
+    write_dead_letters(tmp_path / "d", [whole])
+
+    assert read_dead_letters(tmp_path / "d") == [whole]
+
+
+LETTERS = [
+    replace(letter(offset, partition, epoch), reason=reason)
+    for offset, partition, epoch, reason in (
+        (5, 0, 1, "json"),
+        (6, 0, 1, "size"),
+        (5, 1, 1, "json"),
+        (9, 1, 1, "key"),
+        (5, 0, 2, "json"),
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("selection", "wanted"),
+    [
+        (Selection(), {0, 1, 2, 3, 4}),
+        (Selection(reasons=("json",)), {0, 2, 4}),
+        (Selection(reasons=("size", "key"), partitions=(1,)), {3}),
+        (Selection(since_offset=6), {1, 3}),
+        (Selection(positions=((1, 0, 5), (1, 1, 9))), {0, 3}),
+        (Selection(positions=((1, 0, 9),)), set()),
+    ],
+)
+def test_a_selection_takes_what_it_says(tmp_path: Path, selection: Selection, wanted: set[int]) -> None:
+    write_dead_letters(tmp_path / "d", LETTERS)
+
+    found = read_dead_letters(tmp_path / "d", selection)
+    short = summaries(tmp_path / "d", selection)
+
+    assert found == sorted((LETTERS[n] for n in wanted), key=lambda x: x.position)
+    places = zip(*(short[name].to_pylist() for name in ("epoch", "partition", "offset")), strict=True)
+    assert set(places) == {x.position for x in found}
+
+
+def test_a_summary_has_the_size_and_not_the_original(tmp_path: Path) -> None:
+    write_dead_letters(tmp_path / "d", [replace(letter(1), value=b"x" * 1000), replace(letter(2), value=None)])
+
+    rows = summaries(tmp_path / "d", Selection())
+
+    assert sorted(rows["size_bytes"].to_pylist()) == [0, 1000]
+    assert "value" not in rows.column_names
+    assert summaries(tmp_path / "none", Selection()).schema == rows.schema
+
+
+def test_a_table_whose_files_are_lost_is_named(tmp_path: Path) -> None:
+    write_dead_letters(tmp_path / "d", [letter(1)])
+    for file in (tmp_path / "d").rglob("*.parquet"):
+        file.unlink()
+
+    with pytest.raises(InputError, match=f"{tmp_path / 'd'} cannot be read"):
+        read_dead_letters(tmp_path / "d")
