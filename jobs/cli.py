@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.cli_dead_letters import app as dead_letters
-from jobs.cli_options import CheckpointPath, Log, State, offsets, pairs
+from jobs.cli_options import CheckpointPath, Log, State, choice, offsets, pairs
 from jobs.cli_stream import stream
 from models.errors import InputError, VqlError
 from models.files import disk_error
@@ -92,7 +92,7 @@ def ingest(
     Example: vql ingest --input buys.csv --format csv --log build/log --column user_id=customer
     --column "event_time_ms=unix_millis(to_timestamp(bought_at))" --column "action='purchase'"
     """
-    if _choice("--from", from_, ("files", "kafka")) == "kafka":
+    if choice("--from", from_, ("files", "kafka")) == "kafka":
         from jobs.cli_ingest import ingest_from_kafka, topic_source
 
         if topic is None or source is not None:
