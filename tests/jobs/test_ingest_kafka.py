@@ -24,8 +24,8 @@ from tests.jobs.topics import assert_log_is_topic, bad_records, held, keyed, tak
 from tests.kafka_broker import PASSWORD, USER, Broker
 from tests.small import random_events
 
-WAIT_S = 400.0
-MANY = 2_500
+WAIT_S = 600.0
+MANY = 2_000
 pytestmark = pytest.mark.spark
 
 
@@ -225,11 +225,12 @@ def moments(log: Path, topic: str) -> dict[str, Callable[[], int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # six starts of Spark
 def test_killed_again_and_again_at_any_moment_the_log_is_still_the_topic(
     broker: Broker, topic: str, tmp_path: Path
 ) -> None:
     events, log = keyed(random_events(MANY)), tmp_path / "log"
-    command = ["ingest", "--from", "kafka", "--topic", topic, "--log", log, "--continuous", "--batch-records", 300]
+    command = ["ingest", "--from", "kafka", "--topic", topic, "--log", log, "--continuous", "--batch-records", 400]
     rounds = list(moments(log, topic).items())
     for n, (moment, count) in enumerate(rounds):
         broker.produce(topic, [*events[n :: len(rounds)], ("u1", moment.encode())])
