@@ -1,15 +1,18 @@
-"""What several folders of tests share: the one Spark session of a test run."""
+"""What several folders of tests share: the one Spark session and the one Kafka broker of a test run."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pytest
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+    from tests.kafka_broker import Broker
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +25,18 @@ def spark() -> Iterator[SparkSession]:
     session = open_spark(name="vql-tests")
     yield session
     session.stop()
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """Started by the first test that asks for it."""
+    from tests.kafka_broker import running_broker
+
+    with running_broker(tmp_path_factory.mktemp("broker")) as running:
+        yield running
+
+
+@pytest.fixture
+def topic(broker: Broker) -> str:
+    """A new topic of two partitions."""
+    return broker.create_topic(f"events-{uuid4().hex}")
