@@ -71,15 +71,17 @@ def stream(
     its bundle. New items are seen at the next start. Options of the Beam runner follow after --, for example:
     vql stream ... -- --runner=PortableRunner --job_endpoint=localhost:8099
     """
-    from feature_repo.handle import StoreHandle
     from jobs.logs import configure_logs
+
+    # Before Beam is imported, which logs while it is.
+    configure_logs(log_level)
+    from feature_repo.handle import StoreHandle
     from pipelines.dead_letter_topic import DeadLetterTopic
     from pipelines.kafka_settings import kafka_settings
     from pipelines.kafka_topic import KafkaLog
     from pipelines.stream import IN_PROCESS, StreamPlan, run
     from pipelines.watch import Watch
 
-    configure_logs(log_level)
     if dead_letters_topic is None and not dead_letters_table:
         raise InputError("--no-dead-letters-table needs --dead-letters-topic: letters must be kept somewhere")
     plan = StreamPlan(

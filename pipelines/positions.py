@@ -24,8 +24,13 @@ class Shard:
     count: int
 
     def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"shard {self.index}/{self.count}: N is to be 1 or more")
         if not 0 <= self.index < self.count:
-            raise InputError(f"shard {self.index}/{self.count}: shards of {self.count} are 0/{self.count} and up")
+            last = self.count - 1
+            raise InputError(
+                f"shard {self.index}/{self.count}: shards of {self.count} are 0/{self.count} to {last}/{self.count}"
+            )
 
     def of(self, log: OpenedLog) -> tuple[int, ...]:
         """Raises InputError where nothing is left for it."""

@@ -14,6 +14,8 @@ from tests.kafka_broker import Broker, running_broker
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
+    from tests.kafka_broker import Broker
+
 
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:

@@ -7,7 +7,7 @@ import pytest
 from feature_repo.store import Backfill
 from models.errors import InputError, StoreError
 from pipelines.delta_source import Log
-from pipelines.positions import slices, start_positions
+from pipelines.positions import Shard, slices, start_positions
 from pipelines.records import Slice
 
 LOG = Log(path=Path("log"), log_id="id", epoch=2, ends={0: 100, 1: 50, 2: -1})
@@ -71,3 +71,15 @@ def test_slices_end_where_the_log_ends_or_never() -> None:
 def test_partitions_that_the_log_does_not_have_are_refused(partitions) -> None:
     with pytest.raises(InputError, match="0 to 2"):
         slices(LOG, {0: 0, 1: 0, 2: 0}, partitions, "end")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_shards_have_every_partition_once(count: int) -> None:
+    positions = dict.fromkeys(LOG.ends, -1)
+    shares = [slices(LOG, positions, Shard(index=index, count=count), "end") for index in range(count)]
+    assert sorted(part.partition for share in shares for part in share) == [0, 1, 2]
+
+
+def test_a_shard_for_which_no_partition_is_left_is_refused() -> None:
+    with pytest.raises(InputError, match="shard 3/4 has no partition of log, which has 3; run at most 3 shards"):
+        slices(LOG, dict.fromkeys(LOG.ends, -1), Shard(index=3, count=4), "end")
