@@ -112,7 +112,7 @@ class Reject:
     reason: str
     detail: str
     key: bytes | None
-    value: bytes
+    value: bytes | None
 
 
 _DECODER = msgspec.json.Decoder(Event)
@@ -247,7 +247,7 @@ def _reject(place: int, error: EventError, records: Records) -> Reject:
         reason=error.reason,
         detail=error.detail,
         key=records.keys[place],
-        value=records.values[place] or b"",
+        value=records.values[place],
     )
 
 

@@ -9,8 +9,6 @@ from uuid import uuid4
 
 import pytest
 
-from tests.kafka_broker import Broker, running_broker
-
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
@@ -33,6 +31,8 @@ def spark() -> Iterator[SparkSession]:
 @pytest.fixture(scope="session")
 def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     """Started by the first test that asks for it."""
+    from tests.kafka_broker import running_broker
+
     with running_broker(tmp_path_factory.mktemp("broker")) as running:
         yield running
 

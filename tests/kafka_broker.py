@@ -91,7 +91,7 @@ class Broker:
         admin.delete_topics([name])[name].result(START_WAIT_S)
 
     def produce(
-        self, topic: str, records: Sequence[tuple[str, bytes | None]], partition: int = -1
+        self, topic: str, records: Sequence[tuple[str | None, bytes | None]], partition: int = -1
     ) -> list[tuple[int, int]]:
         """Append (key, value) records, to the partition that the default partitioner gives or to the one named.
 
@@ -101,7 +101,7 @@ class Broker:
 
 
 def send(
-    producer: Producer, topic: str, records: Sequence[tuple[str, bytes | None]], partition: int = -1
+    producer: Producer, topic: str, records: Sequence[tuple[str | None, bytes | None]], partition: int = -1
 ) -> list[tuple[int, int]]:
     """Produce records and wait until all are there; the partition and offset of each."""
     places: dict[int, tuple[int, int]] = {}

@@ -126,7 +126,7 @@ class Running:
 def streamed(broker: Broker, topic: str, tmp_path: Path) -> Streamed:
     (tmp_path / "state").mkdir()
     (tmp_path / "log").mkdir()
-    yield Streamed(broker=broker, topic=topic, checkpoint=small_checkpoint(tmp_path / "checkpoint"), folder=tmp_path)
+    return Streamed(broker=broker, topic=topic, checkpoint=small_checkpoint(tmp_path / "checkpoint"), folder=tmp_path)
 
 
 @pytest.fixture

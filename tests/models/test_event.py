@@ -271,7 +271,7 @@ def test_a_record_without_a_value_is_a_tombstone_of_the_user_of_its_key():
     keys = [b"u1", None, b"", b"\xff", b"x" * 129]
     columns, rejects = parse_batch(records([None] * 5, keys=keys))
     assert (columns.user_ids, columns.weight_N.tolist(), columns.offset_N.tolist()) == (["u1"], [0.0], [0])
-    assert [(r.offset, r.reason, r.value) for r in rejects] == [(n, "key", b"") for n in (1, 2, 3, 4)]
+    assert [(r.offset, r.reason, r.value) for r in rejects] == [(n, "key", None) for n in (1, 2, 3, 4)]
 
 
 def test_an_event_too_far_after_its_record_is_refused():

@@ -123,10 +123,13 @@ def test_records_come_in_offset_order_in_batches(broker: Broker, topic: str, rea
     assert {(batch.epoch, batch.partition, batch.offset_N.dtype) for batch in batches} == {(1, 0, np.dtype(np.int64))}
 
 
-def test_a_record_without_value_is_passed_on_as_empty(broker: Broker, topic: str, readers) -> None:
+def test_a_record_without_value_is_passed_on_with_its_key(broker: Broker, topic: str, readers) -> None:
     broker.produce(topic, [("k", None), ("k", b"x")], partition=0)
 
-    assert [value for batch in drain(readers(), 2) for value in batch.values] == [b"", b"x"]
+    batches = drain(readers(), 2)
+    assert [value for batch in batches for value in batch.values] == [None, b"x"]
+    assert [key for batch in batches for key in batch.keys] == [b"k", b"k"]
+    assert all((batch.log_time_ms_N > 0).all() for batch in batches)
 
 
 def test_a_bounded_reader_ends_at_its_end_although_the_topic_goes_on(broker: Broker, topic: str, readers) -> None:
@@ -344,12 +347,30 @@ def test_a_reader_and_its_connection_live_as_long_as_the_stream(
     assert len(made) == 2
 
 
-def test_bad_records_and_tombstones_are_kept_as_dead_letters(
+def test_a_tombstone_erases_its_user_and_no_other(broker: Broker, plan: StreamPlan, checkpoint: Checkpoint) -> None:
+    events = random_events(400, users=3)
+    places = produce(broker, plan, events[:200])
+    ((partition, offset),) = broker.produce(plan.kafka.topic, [("u0", None)])
+    places += produce(broker, plan, events[200:])
+
+    report = run(plan)
+
+    assert (report.records_read, report.dead_letters) == (401, 0)
+    assert report.events_folded + report.events_skipped == 401
+    left = [n for n, event in enumerate(events) if n >= 200 or event.user_id != "u0"]
+    wanted = plain_rows(checkpoint, [events[n] for n in left], [places[n] for n in left])
+    found = read_rows(rows_of(plan), checkpoint, USERS)
+    assert {u: row.count for u, row in found.items()} == {u: row.count for u, row in wanted.items()}
+    assert found["u0"].recent.tobytes() == wanted["u0"].recent.tobytes()
+    assert (partition, True) == (found["u0"].stamp.partition, found["u0"].stamp.offset > offset)
+
+
+def test_bad_records_and_tombstones_of_nobody_are_kept_as_dead_letters(
     broker: Broker, plan: StreamPlan, checkpoint: Checkpoint
 ) -> None:
     events = random_events(200, users=30)
     places = produce(broker, plan, events[:100])
-    broker.produce(plan.kafka.topic, [("u1", None), ("u1", b"{")], partition=1)
+    broker.produce(plan.kafka.topic, [(None, None), ("u1", b"{")], partition=1)
     places += produce(broker, plan, events[100:])
 
     report = run(plan)
@@ -357,7 +378,7 @@ def test_bad_records_and_tombstones_are_kept_as_dead_letters(
     assert (report.records_read, report.dead_letters, report.events_folded) == (202, 2, 200)
     assert_rows_equal(read_rows(rows_of(plan), checkpoint, USERS), plain_rows(checkpoint, events, places))
     assert [(x.partition, x.reason, x.value) for x in read_dead_letters(plan.dead_letters_path)] == [
-        (1, "json", b""),
+        (1, "key", None),
         (1, "json", b"{"),
     ]
 
