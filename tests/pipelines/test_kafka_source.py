@@ -463,7 +463,7 @@ def test_processes_with_their_shares_of_the_partitions_make_the_whole(
 
     processes = [_start(replace(plan, partitions=(partition,))) for partition in (0, 1)]
 
-    assert [process.wait(60) for process in processes] == [0, 0]
+    assert [process.wait(240) for process in processes] == [0, 0]
     assert_complete(plan, checkpoint, events, places)
 
 
