@@ -171,12 +171,12 @@ class _Opened:
 
     def ask(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The answers, which all come from the store that was opened and not from an earlier state of it."""
-        # The tally is read behind the rows and compared with what was acknowledged before them.
-        tally, puts = self._tally, self._puts
+        # Read behind the rows, and compared with what was known before them: other threads go on meanwhile.
+        known, tally, puts = self._generation, self._tally, self._puts
         *answers, (generation, stored) = self.link.run([*commands, ("MGET", GENERATION, tally or GENERATION)])
-        if self._generation is None:
-            self._generation = generation
-        if generation != self._generation:
+        if known is None:
+            self._generation = self._generation or generation
+        elif generation != known:
             raise StoreError(
                 f"online store {self.link.name} was emptied or replaced while in use; run vql backfill, then start "
                 "this program again"

@@ -23,49 +23,14 @@ from pathlib import Path
 
 import msgspec
 
+from feature_repo.sqlite_statements import COMMIT_POSITION, IS_FOLLOWED, PUT_FIRST, PUT_NEXT, SCHEMA, SCHEMA_VERSION
 from feature_repo.store import Backfill, RowPut
 from models.errors import InputError, StoreError, UnavailableError
 from models.files import disk_error
 from models.row import RowBytes
 
-SCHEMA_VERSION = 2
 BUSY_TIMEOUT_S = 30.0
 USERS_PER_SELECT = 500  # SQLite builds before 3.32 take 999 variables
-
-# The user comes first in the key: rows of one user are together, which makes erasing one user a short walk.
-_SCHEMA = """
-CREATE TABLE rows (
-    user_id TEXT NOT NULL, checkpoint_id TEXT NOT NULL,
-    epoch INTEGER NOT NULL, "offset" INTEGER NOT NULL, revision INTEGER NOT NULL, partition INTEGER NOT NULL,
-    folded BLOB NOT NULL, recent BLOB NOT NULL, written_ms INTEGER NOT NULL,
-    PRIMARY KEY (user_id, checkpoint_id));
-CREATE TABLE positions (
-    checkpoint_id TEXT NOT NULL, partition INTEGER NOT NULL, epoch INTEGER NOT NULL, "offset" INTEGER NOT NULL,
-    PRIMARY KEY (checkpoint_id, partition));
-CREATE TABLE backfills (checkpoint_id TEXT NOT NULL PRIMARY KEY, record TEXT NOT NULL);
-"""
-
-# The fence is the WHERE clause: compared and written in one statement.
-_PUT_FIRST = """
-INSERT INTO rows VALUES (:user_id, :checkpoint_id, :epoch, :offset, :revision, :partition, :folded, :recent, :now_ms)
-ON CONFLICT DO UPDATE SET epoch = :epoch, "offset" = :offset, revision = :revision, partition = :partition,
-    folded = :folded, recent = :recent, written_ms = :now_ms
-WHERE rows.written_ms <= :expired_ms OR (rows.epoch, rows."offset", rows.revision) < (:epoch, :offset, :revision)
-"""
-_IS_FOLLOWED = """ AND (rows.epoch, rows."offset", rows.revision, rows.partition)
-    = (:follows_epoch, :follows_offset, :follows_revision, :follows_partition)
-"""
-_PUT_NEXT = f"""
-UPDATE rows SET epoch = :epoch, "offset" = :offset, revision = :revision, partition = :partition,
-    folded = coalesce(:folded, folded), recent = :recent, written_ms = :now_ms
-WHERE user_id = :user_id AND checkpoint_id = :checkpoint_id AND written_ms > :expired_ms
-    AND (epoch, "offset", revision) < (:epoch, :offset, :revision) {_IS_FOLLOWED}
-"""
-_COMMIT_POSITION = """
-INSERT INTO positions VALUES (?, ?, ?, ?)
-ON CONFLICT DO UPDATE SET epoch = excluded.epoch, "offset" = excluded."offset"
-WHERE (excluded.epoch, excluded."offset") > (positions.epoch, positions."offset")
-"""
 
 _REMEDIES = {
     sqlite3.SQLITE_BUSY: f"another process held it for {BUSY_TIMEOUT_S:g} s; end that process and try again",
@@ -144,7 +109,7 @@ class SqliteRows:
     def commit_positions(self, checkpoint_id: str, epoch: int, offsets: Mapping[int, int]) -> None:
         with self._durable_transaction() as connection:
             values = [(checkpoint_id, partition, epoch, offset) for partition, offset in offsets.items()]
-            connection.executemany(_COMMIT_POSITION, values)
+            connection.executemany(COMMIT_POSITION, values)
 
     def backfill(self, checkpoint_id: str) -> Backfill | None:
         query = "SELECT record FROM backfills WHERE checkpoint_id = ?"
@@ -217,12 +182,13 @@ class SqliteRows:
 
 def _statement(put: RowPut) -> str:
     if put.follows is None:
-        return _PUT_FIRST
-    return _PUT_NEXT if put.folded is None or put.follows.offset >= 0 else _PUT_FIRST + _IS_FOLLOWED
+        return PUT_FIRST
+    return PUT_NEXT if put.folded is None or put.follows.offset >= 0 else PUT_FIRST + IS_FOLLOWED
 
 
 def _values(put: RowPut) -> dict[str, str | int | bytes | None]:
-    values = {
+    follows = put.follows or put.stamp  # not looked at in a put that follows none
+    return {
         "user_id": put.user_id,
         "epoch": put.stamp.epoch,
         "offset": put.stamp.offset,
@@ -230,14 +196,10 @@ def _values(put: RowPut) -> dict[str, str | int | bytes | None]:
         "partition": put.stamp.partition,
         "folded": put.folded,
         "recent": put.recent,
-    }
-    if put.follows is None:
-        return values
-    return values | {
-        "follows_epoch": put.follows.epoch,
-        "follows_offset": put.follows.offset,
-        "follows_revision": put.follows.revision,
-        "follows_partition": put.follows.partition,
+        "follows_epoch": follows.epoch,
+        "follows_offset": follows.offset,
+        "follows_revision": follows.revision,
+        "follows_partition": follows.partition,
     }
 
 
@@ -279,7 +241,7 @@ def _enter_wal(connection: sqlite3.Connection, path: Path) -> None:
 def _create(connection: sqlite3.Connection) -> None:
     connection.execute("BEGIN IMMEDIATE")
     if _schema_version(connection) == 0:
-        for statement in _SCHEMA.split(";"):
+        for statement in SCHEMA.split(";"):
             connection.execute(statement)
         connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
     connection.execute("COMMIT")

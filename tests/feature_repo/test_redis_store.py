@@ -74,6 +74,16 @@ def test_a_store_that_was_emptied_and_backfilled_again_is_another_until_it_is_op
     call(rows)
 
 
+@pytest.mark.parametrize("call", WRITES)
+def test_a_store_that_was_removed_under_a_writer_takes_nothing_more_from_it(open_rows, redis_server, call):
+    rows = open_rows()
+    rows.put_rows(A, [whole("u", stamp(1))])
+    open_rows().remove()
+    with pytest.raises(StoreError, match="was emptied or replaced"):
+        call(rows)
+    assert (open_rows().positions(A), open_rows().backfill(A)) == ({}, None)
+
+
 def test_a_reader_that_found_the_store_empty_sees_what_is_written_later(open_rows):
     reader = open_rows()
     assert get(reader, "u") is None
