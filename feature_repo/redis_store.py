@@ -190,6 +190,8 @@ class _Opened:
 
     def begin_to_write(self) -> None:
         """Name the store if it is new, and begin a tally in it."""
+        if self._tally is not None:
+            return
         with self._writing:
             if self._tally is not None:
                 return
