@@ -16,14 +16,15 @@ it came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from itertools import compress
+from typing import Annotated, NamedTuple
 from zlib import crc32
 
 import msgspec
 import numpy as np
-from jaxtyping import Float32, Int64, UInt32
+from jaxtyping import Bool, Float32, Int64, UInt32
 
 from models.errors import EventError
 
@@ -102,6 +103,19 @@ class EventColumns:
     def __len__(self) -> int:
         return len(self.user_ids)
 
+    def where(self, kept_N: Bool[np.ndarray, "N"]) -> EventColumns:
+        """The events that are kept, in their order."""
+        return EventColumns(
+            event_ids=list(compress(self.event_ids, kept_N)),
+            user_ids=list(compress(self.user_ids, kept_N)),
+            item_ids=list(compress(self.item_ids, kept_N)),
+            actions=list(compress(self.actions, kept_N)),
+            offset_N=self.offset_N[kept_N],
+            time_ms_N=self.time_ms_N[kept_N],
+            weight_N=self.weight_N[kept_N],
+            event_hash_N=self.event_hash_N[kept_N],
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reject:
@@ -113,6 +127,13 @@ class Reject:
     detail: str
     key: bytes | None
     value: bytes | None
+
+
+class _Refusal(NamedTuple):
+    """What an EventError said. Kept in its place: an error holds its frames, and they hold it and the whole batch."""
+
+    reason: str
+    detail: str
 
 
 _DECODER = msgspec.json.Decoder(Event)
@@ -176,51 +197,47 @@ def parse_batch(records: Records, future_ms_max: int = FUTURE_MS_MAX) -> tuple[E
         try:
             _judge(events[n], places[n], records, future_ms_max)
         except EventError as error:
-            refused[places[n]] = error
+            refused[places[n]] = _Refusal(error.reason, error.detail)
     if len(events) + len(refused) > len(records):
-        kept = [n for n, place in enumerate(places) if place not in refused]
-        found = columns([events[n] for n in kept], records.offset_N[[places[n] for n in kept]])
+        found = found.where(np.array([place not in refused for place in places], bool))
     return found, [_reject(place, refused[place], records) for place in sorted(refused)]
 
 
-def _decode(records: Records) -> tuple[list[Event], list[int], dict[int, EventError]]:
+def _decode(records: Records) -> tuple[list[Event], list[int], dict[int, _Refusal]]:
     """The events among the records, the place of each, and by place why the others are none."""
     decode = _LIMITED_DECODER.decode
     events: list[Event] = []
     places: list[int] = []
-    refused: dict[int, EventError] = {}
+    refused: dict[int, _Refusal] = {}
     for place, (value, key) in enumerate(zip(records.values, records.keys, strict=True)):
         try:
-            events.append(tombstone(key) if value is None else decode(value))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             try:
+                event = tombstone(key) if value is None else decode(value)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 # Letters are not bytes: what the limits refuse may still be an event, and if not, this says why.
-                events.append(parse(value or b""))
-            except EventError as error:
-                refused[place] = error
-                continue
+                event = parse(value or b"")
         except EventError as error:
-            refused[place] = error
-            continue
-        places.append(place)
+            refused[place] = _Refusal(error.reason, error.detail)
+        else:
+            events.append(event)
+            places.append(place)
     return events, places, refused
 
 
-def _suspects(found: EventColumns, places: list[int], records: Records, future_ms_max: int) -> Iterator[int]:
+def _suspects(found: EventColumns, places: list[int], records: Records, future_ms_max: int) -> list[int]:
     """Which of the decoded events may break the contract: cheap to ask, and never missing one that does."""
     size_N = np.abs(found.weight_N)
     log_time_ms_N = records.log_time_ms_N[places]
     future_N = (log_time_ms_N != UNKNOWN_TIME) & (found.time_ms_N > log_time_ms_N + future_ms_max)
     suspect_N = (size_N <= WEIGHT_MIN) | (size_N >= WEIGHT_MAX) | future_N
-    columns_of_ids = (found.event_ids, found.user_ids, found.item_ids, found.actions)
-    if not all("".join(ids).isascii() for ids in columns_of_ids):
-        for ids in columns_of_ids:
+    for ids in (found.event_ids, found.user_ids, found.item_ids, found.actions):
+        if not "".join(ids).isascii():
             suspect_N |= [not each.isascii() for each in ids]
     for n, (place, user_id) in enumerate(zip(places, found.user_ids, strict=True)):
         key, value = records.keys[place], records.values[place]
         if (key is not None and key != user_id.encode(errors="replace")) or len(value or b"") > RECORD_BYTES_MAX:
             suspect_N[n] = True
-    return iter(np.flatnonzero(suspect_N).tolist())
+    return np.flatnonzero(suspect_N).tolist()
 
 
 def _judge(event: Event, place: int, records: Records, future_ms_max: int) -> None:
@@ -240,12 +257,12 @@ def _judge(event: Event, place: int, records: Records, future_ms_max: int) -> No
         )
 
 
-def _reject(place: int, error: EventError, records: Records) -> Reject:
+def _reject(place: int, refusal: _Refusal, records: Records) -> Reject:
     return Reject(
         offset=int(records.offset_N[place]),
         log_time_ms=int(records.log_time_ms_N[place]),
-        reason=error.reason,
-        detail=error.detail,
+        reason=refusal.reason,
+        detail=refusal.detail,
         key=records.keys[place],
         value=records.values[place],
     )
@@ -253,16 +270,15 @@ def _reject(place: int, error: EventError, records: Records) -> Reject:
 
 def columns(events: Sequence[Event], offsets: Sequence[int] | np.ndarray) -> EventColumns:
     """Events as columns; the order is kept."""
-    event_ids = [e.event_id for e in events]
     return EventColumns(
-        event_ids=event_ids,
+        event_ids=[e.event_id for e in events],
         user_ids=[e.user_id for e in events],
         item_ids=[e.item_id for e in events],
         actions=[e.action for e in events],
         offset_N=np.array(offsets, np.int64),
         time_ms_N=np.array([e.event_time_ms for e in events], np.int64),
         weight_N=np.array([e.weight for e in events], np.float32),
-        event_hash_N=np.array([crc32(each.encode()) for each in event_ids], np.uint32),
+        event_hash_N=np.array([hash_event_id(e.event_id) for e in events], np.uint32),
     )
 
 
