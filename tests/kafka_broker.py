@@ -6,7 +6,6 @@ in the folder it is given and ends with the process that started it.
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer, Topic
 from confluent_kafka.admin import AdminClient, NewTopic, OffsetSpec
 
 from jobs.jars import kafka_jars, require_java
+from tests.servers import free_ports
 
 USER, PASSWORD = "vql", "a-secret-of-the-tests"
 START_WAIT_S = 60.0
@@ -123,7 +123,7 @@ def send(
 @contextmanager
 def running_broker(folder: Path) -> Iterator[Broker]:
     """A broker that answers, for as long as the context lasts. Its output is shown when it does not start."""
-    plain, secure, controller = _free_ports(3)
+    plain, secure, controller = free_ports(3)
     properties = folder / "server.properties"
     properties.write_text(
         _PROPERTIES.format(
@@ -166,14 +166,3 @@ def _make_certificate(folder: Path) -> Path:
     for arguments in (made, ["-exportcert", "-rfc", "-file", str(ca)]):
         subprocess.run([str(keytool), *arguments, *common], check=True, capture_output=True)
     return ca
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()

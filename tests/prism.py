@@ -19,9 +19,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from jobs.jars import cache_folder
+from tests.servers import free_ports, missing
 
 REPOSITORY = Path(__file__).parents[1]
 BUILD_WAIT_S = 540.0
@@ -72,7 +71,7 @@ def prism_binary() -> Path:
         return binary
     go = shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
     if go is None:
-        _missing("Prism is built with Go, and there is no go on PATH")
+        missing("Prism is built with Go, and there is no go on PATH")
     building = binary.parent.with_name(f"{binary.parent.name}-{os.getpid()}")
     done = subprocess.run(
         [go, "install", f"{MODULE}@v{version}"],
@@ -83,7 +82,7 @@ def prism_binary() -> Path:
         check=False,
     )
     if done.returncode:
-        _missing(f"Prism {version} could not be built: {done.stderr.strip().splitlines()[-1:]}")
+        missing(f"Prism {version} could not be built: {done.stderr.strip().splitlines()[-1:]}")
     # Two processes may build at once: the last rename wins, and both results are the same.
     binary.parent.mkdir(parents=True, exist_ok=True)
     (building / "prism").replace(binary)
@@ -103,17 +102,6 @@ def running_job_service(folder: Path) -> Iterator[JobService]:
         _running(pool, folder / "pool.out", pool_port) as pool_process,
     ):
         yield JobService(port=port, pool_port=pool_port, prism=prism_process, pool=pool_process, folder=folder)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @contextmanager
@@ -150,9 +138,3 @@ def _wait_until_it_listens(process: subprocess.Popen[bytes], port: int, output: 
         if process.poll() is not None or time.monotonic() > deadline_s:
             raise AssertionError(f"{output.stem} does not listen at {port}:\n{output.read_text()}")
         time.sleep(0.05)
-
-
-def _missing(reason: str) -> None:
-    if os.environ.get("VQL_REQUIRE_SERVERS") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)

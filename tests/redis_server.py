@@ -5,9 +5,7 @@ It keeps nothing on disk unless asked to, and can be ended and started again at 
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -15,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pytest
 import redis
+
+from tests.servers import free_port, missing
 
 START_WAIT_S = 20.0
 MEMORY_ONLY = ("--save", "", "--appendonly", "no")
@@ -96,14 +95,5 @@ def require_redis() -> str:
     """The path of redis-server; where there is none, the test is skipped, or fails if VQL_REQUIRE_SERVERS=1."""
     path = shutil.which("redis-server")
     if path is None:
-        reason = "redis-server is not on the PATH: install Redis 6.2 or newer"
-        if os.environ.get("VQL_REQUIRE_SERVERS") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        missing("redis-server is not on the PATH: install Redis 6.2 or newer")
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import msgspec
 import pytest
@@ -32,6 +30,7 @@ from models.wire import Stamp
 from pipelines.positions import Shard
 from tests.kafka_broker import Broker
 from tests.pipelines.small_log import assert_rows_equal, read_rows, recent_of
+from tests.servers import get
 from tests.small import random_events, small_checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
@@ -143,15 +142,6 @@ def start(streamed: Streamed) -> Iterator[Callable[..., Running]]:
         if running.process.poll() is None:
             running.process.kill()
             running.process.wait()
-
-
-def get(url: str) -> tuple[int, str]:
-    try:
-        with urlopen(url, timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
 
 
 def sample(text: str, name: str) -> float | None:

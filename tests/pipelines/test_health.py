@@ -7,8 +7,6 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from models.errors import InputError
 from pipelines.health import Health, served
 from pipelines.metrics import StreamMetrics
 from pipelines.worker import forget_opened
+from tests.servers import get
 
 CHECKPOINT_ID = "ab" * 16
 
@@ -36,15 +35,6 @@ def health(tmp_path: Path) -> Health:
 def address(health: Health) -> Iterator[str]:
     with served(health, "127.0.0.1", 0) as port:
         yield f"http://127.0.0.1:{port}"
-
-
-def get(url: str) -> tuple[int, str]:
-    try:
-        with urlopen(url, timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
 
 
 def test_the_metrics_are_served_as_prometheus_reads_them(health: Health, address: str) -> None:
