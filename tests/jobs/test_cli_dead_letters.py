@@ -16,7 +16,6 @@ from pipelines.kafka_topic import KafkaLog, open_topic
 from pipelines.replay import Rules, replay_turn
 from tests.jobs.commands import assert_one_line
 from tests.kafka_broker import Broker
-from tests.pipelines.conftest import broker as broker
 from tests.pipelines.letters_on_topics import messages_of
 from tests.small import START_MS, random_events
 
