@@ -1,0 +1,96 @@
+"""A proxy of TCP between a program and its server that can make the server's answers late, or keep them back."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass
+class Proxy:
+    """Passes bytes on. `late_s`: bounds of the wait before each answer; `open`: cleared, answers are kept back."""
+
+    port: int
+    server_port: int
+    seed: int = 0
+    late_s: tuple[float, float] = (0.0, 0.0)
+    open: threading.Event = field(default_factory=threading.Event)
+    answers: int = 0
+
+    def __post_init__(self) -> None:
+        self.open.set()
+        self._rng = random.Random(self.seed)
+        self._sockets: list[socket.socket] = []
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def serve(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                threading.Thread(target=self._connect, args=(client,), daemon=True).start()
+
+    def _connect(self, client: socket.socket) -> None:
+        try:
+            server = socket.create_connection(("127.0.0.1", self.server_port))
+        except OSError:
+            client.close()
+            return
+        self._sockets += [client, server]
+        asked = threading.Event()
+        threading.Thread(target=self._requests, args=(client, server, asked), daemon=True).start()
+        self._answers(client, server, asked)
+
+    def _requests(self, client: socket.socket, server: socket.socket, asked: threading.Event) -> None:
+        with suppress(OSError):
+            while chunk := client.recv(CHUNK_BYTES):
+                asked.set()
+                server.sendall(chunk)
+        _end(client, server)
+
+    def _answers(self, client: socket.socket, server: socket.socket, asked: threading.Event) -> None:
+        with suppress(OSError):
+            while chunk := server.recv(CHUNK_BYTES):
+                # An answer of many chunks is late once.
+                if asked.is_set():
+                    asked.clear()
+                    self.answers += 1
+                    time.sleep(self._rng.uniform(*self.late_s))
+                self.open.wait()
+                client.sendall(chunk)
+        _end(client, server)
+
+    def close(self) -> None:
+        self.open.set()
+        _end(*self._sockets)
+
+
+def _end(*sockets: socket.socket) -> None:
+    """Shut both ways, which wakes the threads that read them."""
+    for each in sockets:
+        with suppress(OSError):
+            each.shutdown(socket.SHUT_RDWR)
+        each.close()
+
+
+@contextmanager
+def running_proxy(server_port: int, seed: int = 0) -> Iterator[Proxy]:
+    """A proxy before the server at this port of 127.0.0.1, for as long as the context lasts."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy = Proxy(port=listener.getsockname()[1], server_port=server_port, seed=seed)
+        threading.Thread(target=proxy.serve, args=(listener,), daemon=True).start()
+        try:
+            yield proxy
+        finally:
+            # close alone would leave the thread in its accept.
+            listener.shutdown(socket.SHUT_RDWR)
+            proxy.close()
