@@ -1,14 +1,17 @@
-# Four chores. Each sets up what it needs: a virtual environment in .venv from the hashed lock, and Delta's jars.
+# Five chores. Each sets up what it needs: a virtual environment in .venv from the hashed lock, and Delta's jars.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 UV := 0.13.9
 BIN := .venv/bin
 
-.PHONY: demo test check lock clean
+.PHONY: demo test faults check lock clean
 demo: .venv/ready
 	$(BIN)/vql demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not faults"
+
+faults: .venv/ready
+	$(BIN)/python -m pytest -m faults tests/faults
 
 check: .venv/ready
 	$(BIN)/ruff check

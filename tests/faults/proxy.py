@@ -11,21 +11,28 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 CHUNK_BYTES = 1 << 20
+RECONNECT_S = 0.05
 
 
 @dataclass
 class Proxy:
-    """Passes bytes on. `late_s`: bounds of the wait before each answer; `open`: cleared, answers are kept back."""
+    """Passes bytes on, and waits for a server that is not there.
+
+    late_s: bounds of the wait before each answer. hold_at: from the first request on that has these bytes, answers are
+    kept back, which `held` tells, until `release`.
+    """
 
     port: int
     server_port: int
     seed: int = 0
     late_s: tuple[float, float] = (0.0, 0.0)
-    open: threading.Event = field(default_factory=threading.Event)
+    hold_at: bytes | None = None
+    held: threading.Event = field(default_factory=threading.Event)
     answers: int = 0
 
     def __post_init__(self) -> None:
-        self.open.set()
+        self._open, self._ended = threading.Event(), threading.Event()
+        self._open.set()
         self._rng = random.Random(self.seed)
         self._sockets: list[socket.socket] = []
 
@@ -40,11 +47,14 @@ class Proxy:
                 threading.Thread(target=self._connect, args=(client,), daemon=True).start()
 
     def _connect(self, client: socket.socket) -> None:
-        try:
-            server = socket.create_connection(("127.0.0.1", self.server_port))
-        except OSError:
-            client.close()
-            return
+        while True:
+            try:
+                server = socket.create_connection(("127.0.0.1", self.server_port))
+                break
+            except OSError:
+                if self._ended.wait(RECONNECT_S):
+                    client.close()
+                    return
         self._sockets += [client, server]
         asked = threading.Event()
         threading.Thread(target=self._requests, args=(client, server, asked), daemon=True).start()
@@ -54,6 +64,8 @@ class Proxy:
         with suppress(OSError):
             while chunk := client.recv(CHUNK_BYTES):
                 asked.set()
+                if self.hold_at is not None and self.hold_at in chunk:
+                    self._open.clear()
                 server.sendall(chunk)
         _end(client, server)
 
@@ -65,12 +77,19 @@ class Proxy:
                     asked.clear()
                     self.answers += 1
                     time.sleep(self._rng.uniform(*self.late_s))
-                self.open.wait()
+                if not self._open.is_set():
+                    self.held.set()
+                    self._open.wait()
                 client.sendall(chunk)
         _end(client, server)
 
+    def release(self) -> None:
+        self.hold_at = None
+        self._open.set()
+
     def close(self) -> None:
-        self.open.set()
+        self._ended.set()
+        self.release()
         _end(*self._sockets)
 
 

@@ -16,7 +16,7 @@ KEPT = 4
 
 
 class RedeliveredRecords(ParseRecords):
-    """Parses each batch joined to a part of the one before, then up to copies_max - 1 times more: itself or an old one.
+    """Parses each batch joined to half or more of the one before, then up to copies_max - 1 times it or an old one.
 
     A batch that begins in the middle of another is what a reader hands out that goes on from an earlier position.
     """
@@ -33,7 +33,7 @@ class RedeliveredRecords(ParseRecords):
 
     def _deliveries(self, records: Records) -> Iterator[Records]:
         old = self._old.setdefault(records.partition, deque(maxlen=KEPT))
-        yield _joined(old[-1], records, int(self._rng.integers(0, len(old[-1]) + 1))) if old else records
+        yield _joined(old[-1], records, int(len(old[-1]) * self._rng.uniform(0.5, 1.0))) if old else records
         old.append(records)
         for _ in range(int(self._rng.integers(0, self._copies_max))):
             yield records if self._rng.random() < 0.5 else old[int(self._rng.integers(len(old)))]

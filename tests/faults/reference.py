@@ -135,11 +135,13 @@ def _entries(
 class Differences:
     """Users whose row is not what the reference says, by what is wrong, and the largest error of those that are right.
 
-    strangers: how many rows there are of users whom the reference does not have.
+    missing: without a row. lost, doubled: with fewer events than the log has, or more. misplaced: stamped or dated
+    otherwise. wrong: whose numbers differ. strangers: how many rows there are of users beyond the reference's.
     """
 
     missing: frozenset[str]
-    miscounted: frozenset[str]
+    lost: frozenset[str]
+    doubled: frozenset[str]
     misplaced: frozenset[str]
     wrong: frozenset[str]
     strangers: int
@@ -149,13 +151,13 @@ class Differences:
 
     @property
     def who(self) -> frozenset[str]:
-        return self.missing | self.miscounted | self.misplaced | self.wrong
+        return self.missing | self.lost | self.doubled | self.misplaced | self.wrong
 
     def __str__(self) -> str:
         return (
-            f"{len(self.who)} of {self.users} users differ (missing {len(self.missing)}, miscounted "
-            f"{len(self.miscounted)}, misplaced {len(self.misplaced)}, wrong numbers {len(self.wrong)}), "
-            f"{self.strangers} strangers; {self.events:,} events in rows; largest relative error of the equal ones "
+            f"{len(self.who)} of {self.users} users differ: {len(self.missing)} missing, {len(self.lost)} lost events, "
+            f"{len(self.doubled)} doubled events, {len(self.misplaced)} misplaced, {len(self.wrong)} wrong; "
+            f"{self.strangers} strangers; {self.events:,} events in rows; the others' largest relative error is "
             f"{self.worst:.1e}"
         )
 
@@ -164,7 +166,7 @@ def differences(rows: RowStore, checkpoint: Checkpoint, wanted: Reference) -> Di
     """Compare the stored row of every user: counts, stamps and times exactly, numbers to TOLERANCE."""
     using, sizes = checkpoint.fold(), checkpoint.manifest.sizes
     group_heads = sizes.heads // sizes.groups
-    missing, miscounted, misplaced, events = [], [], [], 0
+    missing, lost, doubled, misplaced, events = [], [], [], [], 0
     parts: list[list[tuple[np.ndarray, ...]]] = [[] for _ in range(sizes.heads)]
     for place, user_id, row in _stored(rows, checkpoint, wanted.user_ids):
         if row is None:
@@ -173,7 +175,7 @@ def differences(rows: RowStore, checkpoint: Checkpoint, wanted: Reference) -> Di
         cache, stamp = whole_cache(row, using), row.stamp
         events += cache.count
         if cache.count != wanted.events_U[place]:
-            miscounted.append(user_id)
+            (lost if cache.count < wanted.events_U[place] else doubled).append(user_id)
         is_at = (stamp.epoch, stamp.partition, stamp.offset, cache.reference_ms)
         if is_at != (1, wanted.partition_U[place], wanted.last_offset_U[place], wanted.newest_ms_U[place]):
             misplaced.append(user_id)
@@ -193,7 +195,8 @@ def differences(rows: RowStore, checkpoint: Checkpoint, wanted: Reference) -> Di
     # Of a missing user nothing was compared.
     return Differences(
         missing=frozenset(missing),
-        miscounted=frozenset(miscounted),
+        lost=frozenset(lost),
+        doubled=frozenset(doubled),
         misplaced=frozenset(misplaced),
         wrong=frozenset(user_ids[wrong_U].tolist()) - frozenset(missing),
         strangers=rows.count_rows(checkpoint.checkpoint_id) - (len(user_ids) - len(missing)),

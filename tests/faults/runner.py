@@ -160,22 +160,38 @@ def _import_all() -> Path:
     """Import what a stream needs, and compile or load its kernels; the folder that the packages come from."""
     for module in MODULES_OF_A_STREAM:
         __import__(module)
+    from models import row
+
+    _advance_twice()
+    gc.freeze()
+    return Path(row.__file__).parents[1]
+
+
+def _advance_twice() -> None:
+    """Once on a new row and once on one that was read: the kernels are compiled for each."""
     import numpy as np
 
-    from models import cache, recent
-    from models.wire import RECENT
+    from models.cache import CacheSpec
+    from models.item_table import ItemTable
+    from models.row import Fold, advance, decode_row, encode_row, new_row
+    from models.wire import Stamp, pack_recent
 
-    spec = cache.CacheSpec(checkpoint_id="", groups=1, codewords=1, value_width=1, rate_HR=np.zeros((1, 1)))
-    one = cache.EncodedEvents(
-        code_NG=np.zeros((1, 1), np.uint16),
-        value_NHD=np.zeros((1, 1, 1), np.float32),
-        time_ms_N=np.zeros(1, np.int64),
-        weight_N=np.ones(1, np.float32),
+    spec = CacheSpec(checkpoint_id="00" * 16, groups=1, codewords=1, value_width=1, rate_HR=np.zeros((1, 1)))
+    table = ItemTable(
+        checkpoint_id=spec.checkpoint_id,
+        index={},
+        code_MG=np.zeros((1, 1), np.uint16),
+        feature_MF=np.zeros((1, 1), np.int64),
+        value_MHD=np.zeros((1, 1, 1), np.float32),
+        action_value_AHD=np.zeros((1, 1, 1), np.float32),
     )
-    cache.fold(cache.empty(spec), one)
-    recent.accept(np.empty(0, RECENT), np.zeros(1, RECENT), 1)
-    gc.freeze()
-    return Path(cache.__file__).parents[1]
+    one, zero = np.ones(1, np.int64), np.zeros(1, np.int64)
+    row = new_row(spec, 1, 0)
+    for offset_N in (zero, one):
+        event = pack_recent(offset_N, one, zero, zero, one.astype(np.float32), zero)
+        row, _ = advance(row, event, Stamp(epoch=1, partition=0, offset=-1), Fold(spec=spec, window=0, table=table))
+        row = decode_row(encode_row(row), spec)
+    assert row.count == 2
 
 
 def _say(answer: Any) -> None:

@@ -8,6 +8,7 @@ test_controls.py.
 from __future__ import annotations
 
 import random
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +23,10 @@ from tests.redis_server import PERSISTENT, RedisServer, running_redis
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 
-KILLS = 20
+# From before the first record is read to some bundles later.
+KILLS, LIFE_S = 20, (0.2, 4.0)
 COPIES_MAX = 5
-DOWN_S = 30.0
+HANGS_S, DOWN_S = 8.0, 30.0
 SLOW_S, LATE_S = 60.0, (0.05, 0.2)
 
 
@@ -50,9 +52,11 @@ def test_kill_9_at_random_moments(
     rows, rng = whole.begin(store), random.Random(seed)
     job = msgspec.structs.replace(whole.job(store.url, tmp_path / "state"), bundle_s=0.5)
 
-    for _ in range(KILLS):
-        running = streams.start(job)
-        time.sleep(rng.uniform(0.2, 4.0))
+    for kill in range(KILLS):
+        running, until_s = streams.start(job), time.monotonic() + rng.uniform(*LIFE_S)
+        # On a fast machine the log must not end before the last kill.
+        far = len(whole.log) * (kill + 1) // (KILLS + 5)
+        wait_until(lambda: time.monotonic() > until_s or sum(whole.committed(rows).values()) > far)  # noqa: B023
         running.kill()
         print(f"killed at {sum(whole.committed(rows).values()):,}")
     require_done(streams.run(job))
@@ -86,13 +90,19 @@ def test_two_processes_on_the_same_partitions(
     whole.require_exact(rows, tmp_path / "state")
 
 
-def test_the_store_is_down_for_a_while(
+def test_the_store_hangs_and_is_down_for_a_while(
     whole: Scene, streams: Streams, persistent_store: RedisServer, tmp_path: Path
 ) -> None:
     store, rows = persistent_store, whole.begin(persistent_store)
 
     running = streams.start(whole.job(store.url, tmp_path / "state"))
     wait_until(lambda: sum(whole.committed(rows).values()) > len(whole.log) // 4)
+    assert store.process is not None
+    # Longer than a client waits: what it sent is done later, and its second try after it.
+    store.process.send_signal(signal.SIGSTOP)
+    time.sleep(HANGS_S)
+    store.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: sum(whole.committed(rows).values()) > len(whole.log) // 2)
     store.kill()
     time.sleep(DOWN_S)
     store.start()

@@ -1,0 +1,210 @@
+"""That the fault tests can fail: each scenario, with the rule that protects it switched off, gives rows that differ.
+
+A rule is switched off by one change of text in a copy of the packages that a stream is made of. The scenarios are
+those of test_faults.py made sharp, over the first events of the log: the fault comes at the one moment at which the
+rule is needed. The same sharp scenario passes with the code as it is, so it is the rule that makes the difference.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from tests.faults.proxy import running_proxy
+from tests.faults.reference import Differences
+from tests.faults.runner import REPOSITORY, Streams, running_streams
+from tests.faults.scene import Scene, require_done, wait_until
+from tests.redis_server import RedisServer, running_redis
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
+
+COPIED = ("models", "feature_repo", "pipelines", "tests/faults")
+STORE_ERROR = 5
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """Where a scenario is played."""
+
+    scene: Scene
+    streams: Streams
+    store: RedisServer
+    folder: Path
+
+
+def run_to_the_end(stage: Stage) -> Differences:
+    rows = stage.scene.begin(stage.store)
+
+    stage.streams.run(stage.scene.job(stage.store.url, stage.folder))
+
+    return stage.scene.compare(rows)
+
+
+def kill_between_put_and_commit(stage: Stage) -> Differences:
+    """Then the records come again, cut into larger batches."""
+    scene, rows = stage.scene, stage.scene.begin(stage.store)
+    job = replace(scene.job(stage.store.url, stage.folder), batch_size=1_000, bundle_s=600.0)
+
+    running = stage.streams.start(job)
+    wait_until(lambda: rows.count_rows(scene.checkpoint.checkpoint_id) > 0)
+    running.kill()
+    assert scene.committed(rows) == {}
+    stage.streams.run(replace(job, batch_size=10_000))
+
+    return scene.compare(rows)
+
+
+def kill_at_the_first_commit(stage: Stage) -> Differences:
+    scene, rows = stage.scene, stage.scene.begin(stage.store)
+    job = replace(scene.job(stage.store.url, stage.folder), bundle_s=0.1)
+
+    running = stage.streams.start(job)
+    wait_until(lambda: scene.committed(rows) != {}, interval_s=0.0)
+    running.kill()
+    require_done(stage.streams.run(job))
+
+    return scene.compare(rows)
+
+
+def deliver_batches_that_overlap(stage: Stage) -> Differences:
+    rows = stage.scene.begin(stage.store)
+
+    stage.streams.run(replace(stage.scene.job(stage.store.url, stage.folder), copies_max=1))
+
+    return stage.scene.compare(rows)
+
+
+def put_late_what_another_process_has_put(stage: Stage) -> Differences:
+    """A process reads rows and stalls; another goes on to the end; the first one puts what it made, and dies."""
+    scene, store, rows = stage.scene, stage.store, stage.scene.begin(stage.store)
+
+    with running_proxy(store.port) as proxy, store.client() as client:
+        proxy.hold_at = b"HMGET"
+        stalled = stage.streams.start(replace(scene.job(proxy.url, stage.folder), redis_timeout_s=120.0))
+        assert proxy.held.wait(60.0)
+        require_done(stage.streams.run(scene.job(store.url, stage.folder)))
+        scripts = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+        proxy.release()
+        wait_until(lambda: client.info("commandstats")["cmdstat_evalsha"]["calls"] > scripts + 20)
+        stalled.kill()
+
+    return scene.compare(rows)
+
+
+def set_the_store_back(stage: Stage) -> Differences:
+    """The store restarts from an older snapshot under a running stream; one that stops for it is started again."""
+    scene, store, rows = stage.scene, stage.store, stage.scene.begin(stage.store)
+
+    with running_proxy(store.port) as proxy, store.client() as client:
+        proxy.late_s = (0.05, 0.05)
+        job = replace(scene.job(proxy.url, stage.folder), batch_size=2_000, bundle_s=0.5)
+        running = stage.streams.start(job)
+        wait_until(lambda: len(scene.committed(rows)) > 0)
+        client.save()
+        then = scene.committed(rows)
+        wait_until(lambda: sum(scene.committed(rows).values()) > sum(then.values()) + 10_000)
+        store.kill()
+        rows.close()
+        store.start()
+        ended = running.wait()
+        assert ended.code in (0, STORE_ERROR), ended.output
+        if ended.code == STORE_ERROR:
+            assert "went back to an earlier state" in ended.output
+            require_done(stage.streams.run(job))
+
+    return scene.compare(rows)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule:
+    """A rule, the change that switches it off, and what then becomes of users in the scenarios that need it."""
+
+    file: str
+    text: str
+    off: str
+    scenarios: Sequence[Callable[[Stage], Differences]]
+    outcome: str
+
+
+RULES = {
+    "a late event counts by its own time": Rule(
+        file="models/cache.py",
+        text="        reference_ms - events.time_ms_N,\n",
+        off="        0 * events.time_ms_N,\n",
+        scenarios=[run_to_the_end],
+        outcome="wrong",
+    ),
+    "skipped by stamp": Rule(
+        file="models/wire.py",
+        text="return (epoch, offset) <= (self.epoch, self.offset)",
+        off="return False",
+        scenarios=[kill_between_put_and_commit, deliver_batches_that_overlap],
+        outcome="doubled",
+    ),
+    "committed after the put": Rule(
+        file="pipelines/kafka_source.py",
+        text="        return self._current\n",
+        off="        self._source.ledger.commit(self._partition, self._offset)\n        return self._current\n",
+        scenarios=[kill_at_the_first_commit],
+        outcome="lost",
+    ),
+    "put only if newer, and after the row that was read": Rule(
+        file="feature_repo/redis_scripts.py",
+        text="    if follows_it and newer then\n",
+        off="    if true then\n",
+        scenarios=[put_late_what_another_process_has_put],
+        outcome="lost",
+    ),
+    "a store that lost puts is noticed": Rule(
+        file="feature_repo/redis_store.py",
+        text="            self._puts += 1\n",
+        off="            self._puts += 0\n",
+        scenarios=[set_the_store_back],
+        outcome="lost",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_without_the_rule_rows_differ(name: str, part: Scene, tmp_path: Path) -> None:
+    rule = RULES[name]
+
+    with running_streams(changed_copy(tmp_path / "copy", rule)) as streams:
+        for scenario in rule.scenarios:
+            found = play(scenario, part, streams, tmp_path)
+            assert getattr(found, rule.outcome), found
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_with_every_rule_the_same_scenario_gives_exact_rows(
+    name: str, part: Scene, streams: Streams, tmp_path: Path
+) -> None:
+    for scenario in RULES[name].scenarios:
+        found = play(scenario, part, streams, tmp_path)
+        assert not found.who, found
+        assert found.strangers == 0
+
+
+def play(scenario: Callable[[Stage], Differences], scene: Scene, streams: Streams, folder: Path) -> Differences:
+    """The scenario with a store of its own."""
+    mine = folder / scenario.__name__
+    mine.mkdir()
+    with running_redis(mine) as store:
+        return scenario(Stage(scene=scene, streams=streams, store=store, folder=mine))
+
+
+def changed_copy(folder: Path, rule: Rule) -> Path:
+    """The packages with one change. Their compiled files go with them: what is not changed need not be compiled."""
+    for package in COPIED:
+        shutil.copytree(REPOSITORY / package, folder / package)
+    (folder / "tests" / "__init__.py").touch()
+    file = folder / rule.file
+    source = file.read_text()
+    assert source.count(rule.text) == 1, f"{rule.file} has {rule.text!r} {source.count(rule.text)} times"
+    file.write_text(source.replace(rule.text, rule.off))
+    return folder
