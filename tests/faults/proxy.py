@@ -1,4 +1,4 @@
-"""A proxy of TCP between a program and its server that can make the server's answers late, or keep them back."""
+"""A proxy of TCP between a program and its server: it makes answers late, loses them, or keeps them back."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ RECONNECT_S = 0.05
 class Proxy:
     """Passes bytes on, and waits for a server that is not there.
 
-    late_s: bounds of the wait before each answer. hold_at: from the first request on that has these bytes, answers are
-    kept back, which `held` tells, until `release`.
+    late_s: bounds of the wait before each answer. lost_share: how many answers end with their connection. hold_at:
+    from the first request on that has these bytes, answers are kept back, which `held` tells, until `release`.
     """
 
     port: int
     server_port: int
     seed: int = 0
     late_s: tuple[float, float] = (0.0, 0.0)
+    lost_share: float = 0.0
     hold_at: bytes | None = None
     held: threading.Event = field(default_factory=threading.Event)
     answers: int = 0
+    lost: int = 0
 
     def __post_init__(self) -> None:
         self._open, self._ended = threading.Event(), threading.Event()
@@ -77,6 +79,9 @@ class Proxy:
                     asked.clear()
                     self.answers += 1
                     time.sleep(self._rng.uniform(*self.late_s))
+                    if self._rng.random() < self.lost_share:
+                        self.lost += 1
+                        break
                 if not self._open.is_set():
                     self.held.set()
                     self._open.wait()

@@ -96,6 +96,24 @@ def put_late_what_another_process_has_put(stage: Stage) -> Differences:
     return scene.compare(rows)
 
 
+def refuse_a_put_of_which_half_is_new(stage: Stage) -> Differences:
+    """A process reads rows and stalls; another puts the first part of the same records, and dies; the first goes on."""
+    scene, store, rows = stage.scene, stage.store, stage.scene.begin(stage.store)
+
+    with running_proxy(store.port) as proxy:
+        proxy.hold_at = b"HMGET"
+        stalled = stage.streams.start(replace(scene.job(proxy.url, stage.folder), redis_timeout_s=120.0))
+        assert proxy.held.wait(60.0)
+        other = stage.streams.start(replace(scene.job(store.url, stage.folder), batch_size=1_000, bundle_s=600.0))
+        wait_until(lambda: rows.count_rows(scene.checkpoint.checkpoint_id) > 0)
+        other.kill()
+        proxy.release()
+        ended = require_done(stalled.wait())
+
+    assert ended.report["conflicts"] > 0
+    return scene.compare(rows)
+
+
 def set_the_store_back(stage: Stage) -> Differences:
     """The store restarts from an older snapshot under a running stream; one that stops for it is started again."""
     scene, store, rows = stage.scene, stage.store, stage.scene.begin(stage.store)
@@ -158,6 +176,13 @@ RULES = {
         text="    if follows_it and newer then\n",
         off="    if true then\n",
         scenarios=[put_late_what_another_process_has_put],
+        outcome="lost",
+    ),
+    "redone when refused": Rule(
+        file="pipelines/update.py",
+        text="                waiting.append(step.user)\n",
+        off="                pass\n",
+        scenarios=[refuse_a_put_of_which_half_is_new],
         outcome="lost",
     ),
     "a store that lost puts is noticed": Rule(

@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
+from msgspec.structs import replace
 
 from tests.faults.proxy import running_proxy
 from tests.faults.runner import Streams
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 KILLS, LIFE_S = 20, (0.2, 4.0)
 COPIES_MAX = 5
 HANGS_S, DOWN_S = 8.0, 30.0
-SLOW_S, LATE_S = 60.0, (0.05, 0.2)
+SLOW_S, LATE_S, LOST_SHARE = 60.0, (0.05, 0.2), 0.05
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_kill_9_at_random_moments(
     whole: Scene, streams: Streams, store: RedisServer, tmp_path: Path, seed: int
 ) -> None:
     rows, rng = whole.begin(store), random.Random(seed)
-    job = msgspec.structs.replace(whole.job(store.url, tmp_path / "state"), bundle_s=0.5)
+    job = replace(whole.job(store.url, tmp_path / "state"), bundle_s=0.5)
 
     for kill in range(KILLS):
         running, until_s = streams.start(job), time.monotonic() + rng.uniform(*LIFE_S)
@@ -68,7 +68,7 @@ def test_batches_are_delivered_up_to_five_times(
     whole: Scene, streams: Streams, store: RedisServer, tmp_path: Path, seed: int
 ) -> None:
     rows = whole.begin(store)
-    job = msgspec.structs.replace(whole.job(store.url, tmp_path / "state"), copies_max=COPIES_MAX, seed=seed)
+    job = replace(whole.job(store.url, tmp_path / "state"), copies_max=COPIES_MAX, seed=seed)
 
     ended = require_done(streams.run(job))
 
@@ -111,18 +111,20 @@ def test_the_store_hangs_and_is_down_for_a_while(
     whole.require_exact(rows, tmp_path / "state")
 
 
-def test_the_store_is_slow_for_a_while(
+def test_the_store_is_slow_for_a_while_and_its_answers_get_lost(
     whole: Scene, streams: Streams, store: RedisServer, tmp_path: Path, seed: int
 ) -> None:
     rows = whole.begin(store)
 
     with running_proxy(store.port, seed) as proxy:
-        proxy.late_s = LATE_S
-        running = streams.start(whole.job(proxy.url, tmp_path / "state"))
+        proxy.late_s, proxy.lost_share = LATE_S, LOST_SHARE
+        # Small batches need more answers than a slow store can give in this time.
+        running = streams.start(replace(whole.job(proxy.url, tmp_path / "state"), batch_size=4_000))
         time.sleep(SLOW_S)
-        proxy.late_s = (0.0, 0.0)
+        proxy.late_s, proxy.lost_share = (0.0, 0.0), 0.0
+        print(f"{proxy.answers} answers, {proxy.lost} lost")
         assert running.is_alive(), "it had ended before the store was fast again"
-        require_done(running.wait())
-    print(f"{proxy.answers} answers")
+        ended = require_done(running.wait())
 
+    assert ended.report["conflicts"] > 0, "no answer to a put was lost"
     whole.require_exact(rows, tmp_path / "state")
