@@ -21,8 +21,8 @@ class RedeliveredRecords(ParseRecords):
     A batch that begins in the middle of another is what a reader hands out that goes on from an earlier position.
     """
 
-    def __init__(self, copies_max: int, seed: int) -> None:
-        super().__init__()
+    def __init__(self, copies_max: int, seed: int, future_ms_max: int) -> None:
+        super().__init__(future_ms_max)
         self._copies_max = copies_max
         self._rng = np.random.default_rng(seed)
         self._old: dict[int, deque[Records]] = {}

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def _stream(job: Job) -> int:
     from tests.faults.redelivery import RedeliveredRecords
 
     if job.copies_max:
-        stream.ParseRecords = lambda: RedeliveredRecords(job.copies_max, job.seed)
+        stream.ParseRecords = partial(RedeliveredRecords, job.copies_max, job.seed)
     folder = Path(job.folder)
     plan = stream.StreamPlan(
         log_path=folder / "no-log-of-files",

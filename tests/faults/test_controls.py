@@ -8,7 +8,8 @@ rule is needed. The same sharp scenario passes with the code as it is, so it is 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from tests.faults.proxy import running_proxy
 from tests.faults.reference import Differences
 from tests.faults.runner import REPOSITORY, Streams, running_streams
 from tests.faults.scene import Scene, require_done, wait_until
-from tests.redis_server import RedisServer, running_redis
+from tests.redis_server import MEMORY_ONLY, PERSISTENT, RedisServer, running_redis
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(300)]
 
 COPIED = ("models", "feature_repo", "pipelines", "tests/faults")
 STORE_ERROR = 5
+AWAY_S = 8.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,6 +116,23 @@ def refuse_a_put_of_which_half_is_new(stage: Stage) -> Differences:
     return scene.compare(rows)
 
 
+def take_the_store_away(stage: Stage) -> Differences:
+    """For longer than a single call waits; what was acknowledged is on its disk."""
+    scene, store, rows = stage.scene, stage.store, stage.scene.begin(stage.store)
+
+    running = stage.streams.start(
+        replace(scene.job(store.url, stage.folder), batch_size=1_000, bundle_s=0.1, redis_timeout_s=0.5)
+    )
+    wait_until(lambda: scene.committed(rows) != {})
+    store.kill()
+    time.sleep(AWAY_S)
+    store.start()
+    ended = running.wait()
+    assert ended.code in (0, STORE_ERROR), ended.output
+
+    return scene.compare(rows)
+
+
 def set_the_store_back(stage: Stage) -> Differences:
     """The store restarts from an older snapshot under a running stream; one that stops for it is started again."""
     scene, store, rows = stage.scene, stage.store, stage.scene.begin(stage.store)
@@ -147,6 +166,7 @@ class Rule:
     off: str
     scenarios: Sequence[Callable[[Stage], Differences]]
     outcome: str
+    store_options: Sequence[str] = MEMORY_ONLY
 
 
 RULES = {
@@ -180,10 +200,18 @@ RULES = {
     ),
     "redone when refused": Rule(
         file="pipelines/update.py",
-        text="                waiting.append(step.user)\n",
-        off="                pass\n",
+        text="        if not refused:\n",
+        off="        if True:\n",
         scenarios=[refuse_a_put_of_which_half_is_new],
         outcome="lost",
+    ),
+    "a store that is away is waited for": Rule(
+        file="pipelines/patient_rows.py",
+        text="retry=retry_if_exception_type(UnavailableError),",
+        off="retry=retry_if_exception_type(()),",
+        scenarios=[take_the_store_away],
+        outcome="missing",
+        store_options=PERSISTENT,
     ),
     "a store that lost puts is noticed": Rule(
         file="feature_repo/redis_store.py",
@@ -200,8 +228,7 @@ def test_without_the_rule_rows_differ(name: str, part: Scene, tmp_path: Path) ->
     rule = RULES[name]
 
     with running_streams(changed_copy(tmp_path / "copy", rule)) as streams:
-        for scenario in rule.scenarios:
-            found = play(scenario, part, streams, tmp_path)
+        for found in play(rule, part, streams, tmp_path):
             assert getattr(found, rule.outcome), found
 
 
@@ -209,18 +236,18 @@ def test_without_the_rule_rows_differ(name: str, part: Scene, tmp_path: Path) ->
 def test_with_every_rule_the_same_scenario_gives_exact_rows(
     name: str, part: Scene, streams: Streams, tmp_path: Path
 ) -> None:
-    for scenario in RULES[name].scenarios:
-        found = play(scenario, part, streams, tmp_path)
+    for found in play(RULES[name], part, streams, tmp_path):
         assert not found.who, found
         assert found.strangers == 0
 
 
-def play(scenario: Callable[[Stage], Differences], scene: Scene, streams: Streams, folder: Path) -> Differences:
-    """The scenario with a store of its own."""
-    mine = folder / scenario.__name__
-    mine.mkdir()
-    with running_redis(mine) as store:
-        return scenario(Stage(scene=scene, streams=streams, store=store, folder=mine))
+def play(rule: Rule, scene: Scene, streams: Streams, folder: Path) -> Iterator[Differences]:
+    """How each of the rule's scenarios ends, with a store of its own."""
+    for scenario in rule.scenarios:
+        mine = folder / scenario.__name__
+        mine.mkdir()
+        with running_redis(mine, rule.store_options) as store:
+            yield scenario(Stage(scene=scene, streams=streams, store=store, folder=mine))
 
 
 def changed_copy(folder: Path, rule: Rule) -> Path:
