@@ -118,6 +118,8 @@ class StreamMetrics:
         self.registry = CollectorRegistry()
         self.partitions: dict[int, PartitionProgress] = {}
         self.last_commit_s: float | None = None
+        self.first_taken_s: float | None = None
+        self.last_put_s: float | None = None
         self._clock = clock
         self._visible = _Histogram(np.array(VISIBLE_BUCKETS_S))
         self._kafka: dict[int, _ClientStatistics] = {}
@@ -137,13 +139,18 @@ class StreamMetrics:
         """A stream starts at these positions; the counters of an earlier one in this process go on."""
         now_s = self._clock()
         self.partitions = {p: PartitionProgress(started_s=now_s, in_rows=at) for p, at in after_offsets.items()}
-        self.last_commit_s = None
+        self.last_commit_s = self.first_taken_s = self.last_put_s = None
 
     def log_end(self, partition: int, offset: int) -> None:
         """The log's last offset as a reader sees it."""
         if (progress := self.partitions.get(partition)) is not None:
             progress.log_end = offset
             self._note_end(progress)
+
+    def begun(self) -> None:
+        """Records are here, and work on them begins."""
+        if self.first_taken_s is None:
+            self.first_taken_s = self._clock()
 
     def observe(self, counts: Any) -> None:
         """Add what an update did (UpdateCounts, whatever fields it has)."""
@@ -167,6 +174,7 @@ class StreamMetrics:
         if (progress := self.partitions.get(partition)) is None:
             return
         now_s, progress.put_once = self._clock(), True
+        self.last_put_s = now_s
         while progress.on_their_way:
             last_offset, log_time_ms_N = progress.on_their_way.popleft()
             progress.in_rows = max(progress.in_rows, last_offset)
@@ -175,6 +183,13 @@ class StreamMetrics:
             if len(known_s_N):
                 progress.newest_s = max(float(known_s_N.max()), progress.newest_s or 0.0)
         self._note_end(progress)
+
+    @property
+    def busy_s(self) -> float:
+        """From the first record that was here to the last put, start-up and end left out."""
+        if self.first_taken_s is None or self.last_put_s is None:
+            return 0.0
+        return self.last_put_s - self.first_taken_s
 
     def encoded(self, unknown_items: int, unknown_actions: int) -> None:
         self._unknown.labels("item").inc(unknown_items)
