@@ -50,7 +50,7 @@ class Traffic:
 
     def __init__(self, load: Load, seed: int = 0) -> None:
         self._rng = np.random.default_rng(seed)
-        self._user_ids = [f"user-{n}" for n in range(load.users)]
+        self.user_ids = [f"user-{n}" for n in range(load.users)]
         self._item_ids = [f"item-{n}" for n in range(1, ITEMS + 1)]
         self._user_share_U, self._item_share_M = _cumulative(load.users, load.skew), _cumulative(ITEMS, ITEM_SKEW)
         self._seed, self._drawn = seed, 0
@@ -64,7 +64,7 @@ class Traffic:
         self._drawn += count
         records: list[Record] = []
         for n, (user, item, action) in enumerate(zip(user_N, item_N, action_N, strict=True)):
-            user_id = self._user_ids[user]
+            user_id = self.user_ids[user]
             event = Event(
                 event_id=f"{self._seed}-{first + n}",
                 user_id=user_id,

@@ -75,14 +75,15 @@ class StreamPlan:
 class StreamReport:
     """What a stream did. records_read = dead letters met + events_folded + events_skipped.
 
-    seconds: with start-up and end; busy_s: from the first record at hand to the last put (0 where the workers are
-    other processes).
+    seconds: with start-up and end; busy_s, busy_cpu_s: from the first record at hand to the last put, by the clock and
+    of this process's CPU (0 where the workers are other processes).
     dead_letters: those new to the table; dead_letters_sent: those that their topic took, copies included;
     dead_letters_too_large: those that it refused for their size, which are in the table.
     """
 
     seconds: float
     busy_s: float = 0.0
+    busy_cpu_s: float = 0.0
     records_read: int = 0
     dead_letters: int = 0
     dead_letters_sent: int = 0
@@ -136,7 +137,8 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS, watch: Watc
     health = Health(metrics=metrics, store=plan.store, checkpoint_id=checkpoint.checkpoint_id, started_s=time.time())
     with watched(watch, health), drained_by_signals(watch.drain_s):
         result = run_job(pipeline)
-    report = StreamReport(seconds=time.monotonic() - started_s, busy_s=metrics.busy_s, **_counts(result))
+    seconds, (busy_s, busy_cpu_s) = time.monotonic() - started_s, metrics.busy()
+    report = StreamReport(seconds=seconds, busy_s=busy_s, busy_cpu_s=busy_cpu_s, **_counts(result))
     log.info("stream ended", **asdict(report))
     return report
 
