@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from feature_repo.store import RowStore
 from models.attention import CacheBatch
@@ -100,4 +101,4 @@ class Reader:
             return row, 0
         recent = row.recent.copy()
         recent["item"][beyond_N] = UNKNOWN
-        return replace(row, recent=recent), int(np.count_nonzero(beyond_N))
+        return replace(row, recent_data=recent.tobytes()), int(np.count_nonzero(beyond_N))

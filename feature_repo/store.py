@@ -13,17 +13,15 @@ a user's events from the first) only needs the greater stamp.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Protocol
 
 import msgspec
 
-from models.row import Row, RowBytes
-from models.wire import Stamp, encode_recent
+from models.row import Row, RowBytes, encode_row
+from models.wire import Stamp, encode_recents
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowPut:
+class RowPut(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A row to write. `folded` None: unchanged since it was read, which only a put that follows a row can say.
 
     follows: the stamp of the row that this one continues, by every field. Offset -1: there was no row. None: it
@@ -110,17 +108,29 @@ class RowStore(Protocol):
 
 def whole_put(user_id: str, row: Row) -> RowPut:
     """The put of a row that was folded from the user's first event on: any older row may be replaced."""
-    recent = encode_recent(row.spec.checkpoint_id, row.stamp, row.recent)
-    return RowPut(user_id=user_id, stamp=row.stamp, recent=recent, folded=row.folded_data)
+    data = encode_row(row)
+    return RowPut(user_id=user_id, stamp=row.stamp, recent=data.recent, folded=data.folded)
 
 
-def row_put(user_id: str, row: Row, stored: Row | None) -> RowPut:
-    """The put that brings the store from `stored` (None: no row) to `row`, its folded part only if it changed."""
-    unchanged = stored is not None and row.folded_data is stored.folded_data
-    return RowPut(
-        user_id=user_id,
-        stamp=row.stamp,
-        recent=encode_recent(row.spec.checkpoint_id, row.stamp, row.recent),
-        folded=None if unchanged else row.folded_data,
-        follows=replace(row.stamp, offset=-1, revision=0) if stored is None else stored.stamp,
-    )
+def row_puts(user_ids: Sequence[str], rows: Sequence[Row], stored: Sequence[Row | None]) -> list[RowPut]:
+    """The puts that bring the store to these users' rows from the stored ones (None: no row).
+
+    A put has a folded part only if that changed.
+    """
+    if not rows:
+        return []
+    recents = encode_recents(rows[0].spec.checkpoint_id, [row.stamp for row in rows], [row.recent_data for row in rows])
+    return [
+        RowPut(
+            user_id=user_id,
+            stamp=row.stamp,
+            recent=recent,
+            folded=None if before is not None and row.folded_data is before.folded_data else row.folded_data,
+            follows=_nothing(row.stamp) if before is None else before.stamp,
+        )
+        for user_id, row, before, recent in zip(user_ids, rows, stored, recents, strict=True)
+    ]
+
+
+def _nothing(stamp: Stamp) -> Stamp:
+    return Stamp(epoch=stamp.epoch, partition=stamp.partition, offset=-1)

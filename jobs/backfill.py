@@ -9,7 +9,6 @@ last. The stream of the checkpoint then starts at the cut: no gap, no overlap.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa

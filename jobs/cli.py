@@ -18,7 +18,7 @@ from rich.text import Text
 
 from jobs.cli_bench import app as bench
 from jobs.cli_dead_letters import app as dead_letters
-from jobs.cli_options import CheckpointPath, Log, State, choice, offsets, pairs
+from jobs.cli_options import CheckpointPath, Log, MaxFuture, State, choice, offsets, pairs
 from jobs.cli_stream import stream
 from models.errors import InputError, VqlError
 from models.files import disk_error
@@ -72,6 +72,7 @@ def ingest(
     topic: Annotated[str | None, typer.Option(help="The Kafka topic: up to its end as of now.")] = None,
     continuous: Annotated[bool, typer.Option("--continuous", help="Follow the topic until SIGTERM.")] = False,
     batch_records: Annotated[int, typer.Option(min=1, help="Records of a topic in one commit, at most.")] = 500_000,
+    max_future: MaxFuture = 600.0,
     format_: Annotated[str, typer.Option("--format", help="parquet or csv (with a header)")] = "parquet",
     column: Columns = [],
     where: Annotated[str, typer.Option(help="SQL condition: which rows of the file to take.")] = "true",
@@ -99,7 +100,9 @@ def ingest(
 
         if topic is None or source is not None:
             raise InputError("--from kafka reads a topic: give --topic, and no --input")
-        taken = ingest_from_kafka(topic_source(topic, epoch, batch_records), log, continuous, master)
+        taken = ingest_from_kafka(
+            topic_source(topic, epoch, batch_records, round(max_future * 1000)), log, continuous, master
+        )
         out.print(f"{taken.records:,} records read: {taken.events:,} appended, {taken.quarantined:,} quarantined")
         return
     if source is None or topic is not None or continuous:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.cli_options import MaxFuture
 from jobs.letter_tables import counts_table, newest_table, place_of
 from jobs.printable import plain, printable, time_words
 from models.errors import InputError
@@ -154,6 +155,7 @@ def replay(
     yes: Annotated[bool, typer.Option("--yes", help="Do it; else only what would be done is said.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also letters that were replayed: they count twice.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also letters that would be refused once more.")] = False,
+    max_future: MaxFuture = 600.0,
 ) -> None:
     """Produce the original bytes of letters to their topic again, each to the partition it came from.
 
@@ -182,7 +184,7 @@ def replay(
     rows = summaries(letters, selection).to_pylist()
     sizes = [(place_of(row), row["size_bytes"]) for row in rows]
     target = open_topic(KafkaLog(kafka=kafka_settings(), topic=topic, epoch=epoch))
-    rules = Rules(now_ms=_now_ms(), again=again, force=force)
+    rules = Rules(now_ms=_now_ms(), again=again, force=force, future_ms_max=round(max_future * 1000))
     turn_done = replay_turn if yes else plan_turn
     decisions = [decision for turn in turns(sizes) for decision in turn_done(letters, turn, target, rules)]
     left_out = [decision for decision in decisions if decision.left_out is not None]

@@ -20,6 +20,16 @@ CheckpointPath = Annotated[
     Path, typer.Option("--checkpoint", resolve_path=True, help="A checkpoint directory, made by vql train.")
 ]
 
+# One setting for all three programs that judge records: else the table of events would not be what the stream folds.
+MaxFuture = Annotated[
+    float,
+    typer.Option(
+        envvar="VQL_MAX_FUTURE_S",
+        min=0,
+        help="Seconds that an event's time may lie after its record's own; the same for ingest, stream and replay.",
+    ),
+]
+
 
 def pairs(texts: list[str], shape: str = "--column: FIELD=EXPRESSION") -> dict[str, str]:
     """FIELD=VALUE texts. Raises InputError for another shape."""

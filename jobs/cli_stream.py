@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from jobs.cli_options import CheckpointPath, Log, State, choice, integer, offsets
+from jobs.cli_options import CheckpointPath, Log, MaxFuture, State, choice, integer, offsets
 from models.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ def stream(
     dead_letters_table: Annotated[
         bool, typer.Option(help="Whether letters that went to the topic are kept in the log's table as well.")
     ] = True,
+    max_future: MaxFuture = 600.0,
+    row_cache_mb: Annotated[
+        int, typer.Option(min=0, help="Rows of users who come again are kept in this much memory, in MB.")
+    ] = 256,
     metrics_port: Annotated[
         int | None,
         typer.Option(
@@ -68,7 +72,8 @@ def stream(
     """Fold new events of the log into the users' rows. Kill it at will; the same command goes on.
 
     Logs JSON lines on standard error; on a terminal, lines for people and a live status line. SIGTERM ends it after
-    its bundle. New items are seen at the next start. Options of the Beam runner follow after --, for example:
+    its bundle. New items are seen within seconds. A store that does not answer is waited for, up to five minutes.
+    Options of the Beam runner follow after --, for example:
     vql stream ... -- --runner=PortableRunner --job_endpoint=localhost:8099
     """
     from jobs.logs import configure_logs
@@ -96,12 +101,15 @@ def stream(
         start=offsets("--from", from_) if "=" in from_ else choice("--from", from_, ("resume", "earliest", "latest")),
         until=choice("--until", until, ("end", "forever")),
         partitions=share_of(partitions, shard),
+        future_ms_max=round(max_future * 1000),
+        row_cache_bytes=row_cache_mb << 20,
     )
     watch = Watch(host=metrics_host, port=metrics_port, live=sys.stderr.isatty(), drain_s=drain)
     report = run(plan, [*IN_PROCESS, *context.args], watch)
     out.print(
         f"{report.events_folded:,} events folded in {report.seconds:.1f} s, {report.events_skipped:,} skipped as "
-        f"already in their rows, {report.dead_letters:,} dead letters, {report.unknown_items:,} of unknown items"
+        f"already in their rows, {report.events_repeated:,} as sent twice, {report.events_erased:,} erased, "
+        f"{report.dead_letters:,} dead letters, {report.unknown_items:,} of unknown items"
     )
     if dead_letters_topic is not None:
         out.print(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
 from models.errors import InputError
-from models.event import UNKNOWN_TIME, Records, parse_batch
+from models.event import FUTURE_MS_MAX, UNKNOWN_TIME, Records, parse_batch
 
 _RECORD = [("partition", pa.int32()), ("offset", pa.int64()), ("log_time_ms", pa.int64()), ("value", pa.binary())]
 _EVENT = [
@@ -71,6 +72,7 @@ class TopicSource:
     options: Mapping[str, str]
     batch_records: int
     interval_s: float = 1.0
+    future_ms_max: int = FUTURE_MS_MAX
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +116,9 @@ class BatchWriter:
 
     def _write(self, batch: DataFrame, number: int) -> None:
         started_s = time.monotonic()
-        checked = batch.mapInArrow(_check, from_arrow_schema(CHECKED)).persist()
+        checked = batch.mapInArrow(
+            partial(_check, future_ms_max=self.source.future_ms_max), from_arrow_schema(CHECKED)
+        ).persist()
         try:
             counts = checked.agg(F.count("*").alias("records"), F.count("reason").alias("bad")).collect()[0]
             # After the records were fetched: what the topic is now, it was then.
@@ -162,7 +166,7 @@ def planned_ends(checkpoint: Path, number: int, topic: str) -> dict[int, int]:
     return {int(partition): offset for partition, offset in json.loads(plan)[topic].items()}
 
 
-def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def _check(batches: Iterator[pa.RecordBatch], future_ms_max: int) -> Iterator[pa.RecordBatch]:
     """Each record checked by the one contract, models.event: a batch of events, then one of rejects."""
     for batch in batches:
         # Partitions are mixed here, so the place in the batch stands for the offset.
@@ -174,7 +178,7 @@ def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             keys=batch["key"].to_pylist(),
             values=batch["value"].to_pylist(),
         )
-        good, rejects = parse_batch(records)
+        good, rejects = parse_batch(records, future_ms_max)
         taken = batch.take(pa.array(good.offset_N))
         erases = pc.is_null(taken["value"])
         told = {

@@ -4,7 +4,8 @@ VqlError                      the command line prints one line and exits with `e
 |-- InputError         (2)    bad arguments or data from outside: fix the named value and run again
 |-- EventError         (2)    one bad event: the stream sends it to the dead letters and goes on
 |-- CheckpointError    (3)    not a checkpoint, damaged, or of an unknown version: stop
-|   `-- MismatchError  (3)    two checkpoints meet (caches, rows, tables): refuse, never mix
+|   |-- MismatchError  (3)    two checkpoints meet (caches, rows, tables): refuse, never mix
+|   `-- TableBehindError (3)  a row holds an item that was encoded since the table was loaded: load it again
 |-- WireError          (4)    a row's bytes are damaged: a ranker masks the user, a writer stops
 |   `-- ForeignRowError (3)   the row was made with another checkpoint: as above
 |-- StoreError         (5)    the online store is lost, damaged or was never backfilled: waiting does not heal it
@@ -46,6 +47,10 @@ class CheckpointError(VqlError):
 
 class MismatchError(CheckpointError):
     """Two things made with different checkpoints were about to be combined."""
+
+
+class TableBehindError(CheckpointError):
+    """A row holds an item beyond this item table: the table has grown since it was loaded."""
 
 
 class WireError(VqlError):

@@ -15,24 +15,28 @@ Knows items only as indices of an item table. Shapes: as in `cache`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
+from jaxtyping import Int64
+from msgspec.structs import replace
 
 from models.cache import Cache, CacheSpec, EncodedEvents, empty, fold
-from models.errors import CheckpointError
+from models.errors import TableBehindError
 from models.item_table import ItemTable
 from models.recent import accept
 from models.wire import (
     FOLDED_MAGIC,
+    OFFSET_MAX,
     RECENT,
     Stamp,
     decode_folded,
     decode_recent,
     encode_folded,
-    encode_recent,
+    encode_recents,
     read_header,
     recent_actions,
     recent_offsets,
@@ -40,8 +44,7 @@ from models.wire import (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowBytes:
+class RowBytes(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A row as the store keeps it: two byte strings that are written and read together."""
 
     folded: bytes
@@ -52,19 +55,24 @@ class RowBytes:
         return len(self.folded) + len(self.recent)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """A user's state: `folded` up to folded_stamp, then `recent` (dtype wire.RECENT) up to `stamp`.
+class Row(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
+    """A user's state: `folded` up to folded_stamp, then `recent` up to `stamp`.
 
-    The folded part stays encoded: most writes append to `recent` and never look inside it.
+    The folded part stays encoded: most writes append to `recent` and never look inside it. recent_data are the
+    records (dtype wire.RECENT), one after another.
     """
 
     spec: CacheSpec
     folded_data: bytes
     folded_stamp: Stamp
     folded_count: int
-    recent: np.ndarray
+    recent_data: bytes
     stamp: Stamp
+
+    @property
+    def recent(self) -> np.ndarray:
+        """The recent events (dtype wire.RECENT, read-only)."""
+        return np.frombuffer(self.recent_data, RECENT)
 
     @property
     def folded(self) -> Cache:
@@ -74,7 +82,12 @@ class Row:
     @property
     def count(self) -> int:
         """Events in the row, each once."""
-        return self.folded_count + len(self.recent)
+        return self.folded_count + len(self.recent_data) // RECENT.itemsize
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in memory, nearly."""
+        return len(self.folded_data) + len(self.recent_data)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +101,11 @@ class Fold:
     def encode(self, recent: np.ndarray) -> EncodedEvents:
         """Look the events' items and actions up in the table.
 
-        Raises CheckpointError for an item beyond the table: another writer's is newer.
+        Raises TableBehindError for an item beyond the table: another writer's is newer.
         """
         item_N = recent["item"]
         if len(item_N) and int(item_N.max()) >= len(self.table):
-            raise CheckpointError(
+            raise TableBehindError(
                 f"a row holds item {int(item_N.max())}, but this item table ends at {len(self.table) - 1}: "
                 "it has grown since; start again"
             )
@@ -115,7 +128,7 @@ def _empty_row(spec: CacheSpec, stamp: Stamp) -> Row:
         folded_data=encode_folded(empty(spec), stamp),
         folded_stamp=stamp,
         folded_count=0,
-        recent=np.empty(0, RECENT),
+        recent_data=b"",
         stamp=stamp,
     )
 
@@ -128,55 +141,92 @@ class Left(NamedTuple):
     erased: int = 0
 
 
-def advance(row: Row, events: np.ndarray, position: Stamp, using: Fold) -> tuple[Row, Left]:
-    """The row with these events (dtype RECENT, one user, rising offsets), and how many were left out.
+class Advanced(NamedTuple):
+    """The rows of U users after their events, and how many of each user's were left out (as in `Left`)."""
 
-    `position` carries the epoch and partition of the events; its offset is not used. Events at or below the row's
-    stamp are already in it. A row without new events comes back unchanged (the same object), and one whose folded
-    part did not change keeps the same folded_data. The stamp is that of the last event added, or of a tombstone.
+    rows: list[Row]
+    skipped_U: np.ndarray
+    repeated_U: np.ndarray
+    erased_U: np.ndarray
+
+
+def advance(row: Row, events: np.ndarray, position: Stamp, using: Fold) -> tuple[Row, Left]:
+    """`advance_users` of one user."""
+    (row,), *left = advance_users([row], events, np.array([len(events)]), position, using)
+    return row, Left(*(int(count) for (count,) in left))
+
+
+def advance_users(
+    rows: Sequence[Row], event_N: np.ndarray, end_U: Int64[np.ndarray, "U"], position: Stamp, using: Fold
+) -> Advanced:
+    """Each user's row with the user's events, and how many were left out.
+
+    event_N (dtype RECENT) are the events of one user after another, each user's with rising offsets up to end_U.
+    `position` carries their epoch and partition; its offset is not used. Events at or below a row's stamp are already
+    in it. A row without new events comes back unchanged (the same object), and one whose folded part did not change
+    keeps the same folded_data. The stamp is that of the last event added, or of a tombstone.
     Raises WireError when a folded part to be changed is malformed.
     """
-    skipped = _covered(row.stamp, position.epoch, events)
-    fresh = events[skipped:]
-    if len(fresh) == 0:
-        return row, Left(skipped)
-    if position.epoch != row.stamp.epoch:
-        # Offsets of two epochs do not compare: what is left of the old one is folded under its own stamp.
-        row = _fold_oldest(row, len(row.recent), using)
-    added, repeated, tombstone = accept(row.recent, fresh, using.window)
-    if tombstone >= 0:
-        at = replace(position, offset=int(fresh["position"][tombstone]) >> 16, revision=row.stamp.revision)
-        row = _empty_row(row.spec, at)
-    left = Left(skipped, repeated, tombstone + 1)
-    if len(added) == 0:
-        return row, left
-    last = int(added["position"][-1]) >> 16
-    stamp = replace(position, offset=last, revision=row.stamp.revision)
-    row = replace(row, recent=np.concatenate([row.recent, added]), stamp=stamp)
-    return _fold_oldest(row, _ripe(len(row.recent), using.window), using), left
+    epoch, size, window = position.epoch, RECENT.itemsize, using.window
+    # Offsets of two epochs do not compare: what is left of the old one is folded under its own stamp.
+    bases = [_fold_oldest(row, row.recent, using) if row.stamp.epoch < epoch else row for row in rows]
+    accepted = accept(
+        np.frombuffer(b"".join([row.recent_data for row in bases]), RECENT),
+        np.cumsum([len(row.recent_data) for row in bases]) // size,
+        event_N,
+        end_U,
+        np.array([_covered(row.stamp, epoch) for row in rows]),
+        window,
+    )
+    added_U = np.diff(end_U, prepend=0) - accepted.skipped_U - accepted.repeated_U - accepted.erased_U
+    data, ends = accepted.record_N.tobytes(), (accepted.end_U * size).tolist()
+    last_U = np.zeros(len(rows), np.int64)
+    last_U[added_U > 0] = recent_offsets(accepted.record_N[accepted.end_U[added_U > 0] - 1])
+    results = list(rows)
+    for u in np.flatnonzero(accepted.erased_U).tolist():
+        tombstone = end_U[u] - added_U[u] - accepted.repeated_U[u] - 1
+        at = _at(position, int(event_N["position"][tombstone]) >> 16, rows[u].stamp.revision)
+        results[u] = bases[u] = _empty_row(using.spec, at)
+    columns = zip(bases, added_U.tolist(), last_U.tolist(), [0, *ends], ends, strict=False)
+    for u, (base, added, last, start, end) in enumerate(columns):
+        if added:
+            row = Row(
+                spec=base.spec,
+                folded_data=base.folded_data,
+                folded_stamp=base.folded_stamp,
+                folded_count=base.folded_count,
+                recent_data=data[start:end],
+                stamp=_at(position, last, base.stamp.revision),
+            )
+            ripe = _ripe((end - start) // size, window)
+            results[u] = _fold_oldest(row, row.recent[:ripe], using) if ripe else row
+    return Advanced(results, accepted.skipped_U, accepted.repeated_U, accepted.erased_U)
 
 
-def _covered(stamp: Stamp, epoch: int, events: np.ndarray) -> int:
-    """How many of the events, from the first on, are at or below the stamp."""
-    if len(events) == 0 or not stamp.covers(epoch, int(events["position"][0]) >> 16):
-        return 0
-    covered = takewhile(lambda offset: stamp.covers(epoch, offset), recent_offsets(events).tolist())
-    return sum(1 for _ in covered)
+def _at(position: Stamp, offset: int, revision: int) -> Stamp:
+    return Stamp(epoch=position.epoch, partition=position.partition, offset=offset, revision=revision)
 
 
-def _fold_oldest(row: Row, count: int, using: Fold) -> Row:
-    """Move the oldest `count` recent events into the folded part."""
-    if count == 0:
+def _covered(stamp: Stamp, epoch: int) -> int:
+    """The last offset of the epoch that is in a row with this stamp."""
+    if stamp.covers(epoch, stamp.offset):
+        return stamp.offset if stamp.epoch == epoch else OFFSET_MAX
+    return -1
+
+
+def _fold_oldest(row: Row, ripe: np.ndarray, using: Fold) -> Row:
+    """Move `ripe`, the oldest recent events, into the folded part."""
+    if len(ripe) == 0:
         return row
-    ripe = row.recent[:count]
     stamp = replace(row.stamp, offset=int(recent_offsets(ripe[-1:])[0]))
     folded = fold(row.folded, using.encode(ripe))
-    return replace(
-        row,
+    return Row(
+        spec=row.spec,
         folded_data=encode_folded(folded, stamp),
         folded_stamp=stamp,
         folded_count=folded.count,
-        recent=row.recent[count:],
+        recent_data=row.recent_data[ripe.nbytes :],
+        stamp=row.stamp,
     )
 
 
@@ -187,7 +237,8 @@ def whole_cache(row: Row, using: Fold) -> Cache:
 
 def encode_row(row: Row) -> RowBytes:
     """The row as the store keeps it."""
-    return RowBytes(folded=row.folded_data, recent=encode_recent(row.spec.checkpoint_id, row.stamp, row.recent))
+    (recent,) = encode_recents(row.spec.checkpoint_id, [row.stamp], [row.recent_data])
+    return RowBytes(folded=row.folded_data, recent=recent)
 
 
 def decode_row(data: RowBytes, spec: CacheSpec) -> Row:
@@ -199,7 +250,7 @@ def decode_row(data: RowBytes, spec: CacheSpec) -> Row:
         folded_data=data.folded,
         folded_stamp=header.stamp,
         folded_count=header.event_count,
-        recent=recent,
+        recent_data=recent.tobytes(),
         stamp=stamp,
     )
 

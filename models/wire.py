@@ -27,9 +27,9 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import google_crc32c
+import msgspec
 import numpy as np
 
 from models.cache import Cache, CacheSpec
@@ -46,11 +46,32 @@ _DTYPES = {_U16: np.dtype("<u2"), _I32: np.dtype("<i4"), _F32: np.dtype("<f4")}
 
 # position = offset << 16 | high 16 bits of the event hash; time = event_time_ms << 16 | action << 8 | hash byte.
 # 48 bits of offset and of time are enough for 280 trillion; 24 bits of hash are compared beside all other fields.
+OFFSET_MAX = (1 << 48) - 1
 RECENT = np.dtype([("position", "<u8"), ("time", "<u8"), ("item", "<u4"), ("weight", "<f4")])
+# The recent part up to its records: the header and the head of its one section, as columns of many rows.
+_RECENT_HEAD = np.dtype(
+    [
+        ("magic", "S4"),
+        ("version", "<u2"),
+        ("sections", "<u2"),
+        ("checkpoint", "V16"),
+        ("epoch", "<u4"),
+        ("partition", "<u4"),
+        ("offset", "<i8"),
+        ("revision", "<u4"),
+        ("reserved", "<u4"),
+        ("reference_ms", "<i8"),
+        ("event_count", "<i8"),
+        ("kind", "<u2"),
+        ("dtype", "<u2"),
+        ("items", "<u4"),
+        ("size_bytes", "<u8"),
+    ]
+)
+assert _RECENT_HEAD.itemsize == _HEADER.size + _SECTION.size
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, order=False)
-class Stamp:
+class Stamp(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The log position up to which a row is complete. Rows are ordered by (epoch, offset, revision)."""
 
     epoch: int
@@ -67,8 +88,7 @@ class Stamp:
         return (epoch, offset) <= (self.epoch, self.offset)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Header:
+class Header(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What both parts of a row say about themselves."""
 
     checkpoint_id: str
@@ -121,15 +141,35 @@ def decode_folded(data: bytes, spec: CacheSpec) -> tuple[Cache, Stamp]:
     return cache, header.stamp
 
 
+def encode_recents(checkpoint_id: str, stamps: Sequence[Stamp], recents: Sequence[bytes]) -> list[bytes]:
+    """The newest raw events of many rows (records of dtype RECENT, rising offsets), each complete up to its stamp."""
+    size_U = np.fromiter(map(len, recents), np.int64, len(recents))
+    head_U = np.zeros(len(recents), _RECENT_HEAD)
+    head_U["magic"], head_U["version"], head_U["sections"] = RECENT_MAGIC, VERSION, 1
+    head_U["checkpoint"] = np.void(bytes.fromhex(checkpoint_id))
+    head_U["epoch"] = [stamp.epoch for stamp in stamps]
+    head_U["partition"] = [stamp.partition for stamp in stamps]
+    head_U["offset"] = [stamp.offset for stamp in stamps]
+    head_U["revision"] = [stamp.revision for stamp in stamps]
+    head_U["event_count"] = head_U["items"] = size_U // RECENT.itemsize
+    head_U["kind"], head_U["dtype"], head_U["size_bytes"] = _EVENTS, _RECORD, size_U
+    held_U = size_U > 0
+    if held_U.any():
+        time_N = np.frombuffer(b"".join(recents), RECENT)["time"]
+        start_U = np.cumsum(size_U)[held_U] // RECENT.itemsize - head_U["items"][held_U]
+        head_U["reference_ms"][held_U] = np.maximum.reduceat(time_N, start_U) >> np.uint64(16)
+    heads, width = head_U.tobytes(), _RECENT_HEAD.itemsize
+    out = []
+    for at, records in zip(range(0, len(heads), width), recents, strict=True):
+        body = heads[at : at + width] + records
+        out.append(body + _CRC.pack(google_crc32c.value(body)))
+    return out
+
+
 def encode_recent(checkpoint_id: str, stamp: Stamp, recent: np.ndarray) -> bytes:
-    """The newest raw events (dtype RECENT, rising offsets), complete up to the stamp."""
-    header = Header(
-        checkpoint_id=checkpoint_id,
-        stamp=stamp,
-        reference_ms=int(recent["time"].max() >> np.uint64(16)) if len(recent) else 0,
-        event_count=len(recent),
-    )
-    return _encode(RECENT_MAGIC, header, [(_EVENTS, _RECORD, len(recent), recent.tobytes())])
+    """`encode_recents` of one row, from an array of dtype RECENT."""
+    (data,) = encode_recents(checkpoint_id, [stamp], [recent.tobytes()])
+    return data
 
 
 def decode_recent(data: bytes, checkpoint_id: str) -> tuple[np.ndarray, Stamp]:

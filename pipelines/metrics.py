@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -23,10 +23,14 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+ROW_BYTES_BUCKETS = tuple(float(1 << power) for power in range(8, 21))
 VISIBLE_BUCKETS_S = (0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 # The field of UpdateCounts, and the metric with its outcome that it adds to.
-_OUTCOMES = {"events_folded": "folded", "events_skipped": "skipped", "events_repeated": "duplicate"} | {
-    "tombstones": "tombstone"
+_OUTCOMES = {
+    "events_folded": "folded",
+    "events_skipped": "skipped",
+    "events_repeated": "repeated",
+    "events_erased": "erased",
 }
 _TOTALS = {
     "rows_written": ("vql_stream_rows_written", "Rows put into the store."),
@@ -123,6 +127,7 @@ class StreamMetrics:
         self._last_put: tuple[float, float] | None = None
         self._clock = clock
         self._visible = _Histogram(np.array(VISIBLE_BUCKETS_S))
+        self._row_bytes = _Histogram(np.array(ROW_BYTES_BUCKETS))
         self._kafka: dict[int, _ClientStatistics] = {}
         made: dict[str, Any] = {"registry": self.registry}
         self._events = Counter("vql_stream_events", "Records by what became of them.", ["outcome"], **made)
@@ -154,12 +159,12 @@ class StreamMetrics:
             self._first_taken = (self._clock(), time.process_time())
 
     def observe(self, counts: Any) -> None:
-        """Add what an update did (UpdateCounts, whatever fields it has)."""
-        for name in (each.name for each in fields(counts)):
-            if name in _OUTCOMES:
-                self._events.labels(_OUTCOMES[name]).inc(getattr(counts, name))
-            elif name in self._totals:
-                self._totals[name].inc(getattr(counts, name))
+        """Add what an update did (UpdateCounts)."""
+        self._row_bytes.observe(np.array(counts.row_bytes))
+        for name, outcome in _OUTCOMES.items():
+            self._events.labels(outcome).inc(getattr(counts, name))
+        for name, total in self._totals.items():
+            total.inc(getattr(counts, name))
 
     def taken(self, partition: int, offset_N: np.ndarray, log_time_ms_N: np.ndarray) -> None:
         """Events of one partition are on their way: their offsets and times in the log, -1 where unknown.
@@ -216,6 +221,7 @@ class StreamMetrics:
         """Prometheus asks; ages and lags are as of now."""
         now_s, at = self._clock(), dict(self.partitions)
         yield self._visible.family("vql_stream_event_to_visible_seconds", "From the log's time to the put row.")
+        yield self._row_bytes.family("vql_stream_row_bytes", "Size of the rows put, both parts.")
         yield _gauge("vql_stream_in_rows_offset", "Last offset in the rows.", {p: x.in_rows for p, x in at.items()})
         lags = {p: x.lag_events for p, x in at.items() if x.lag_events is not None}
         yield _gauge("vql_stream_lag_events", "Records of the log that are not in the rows.", lags)

@@ -21,7 +21,7 @@ import pyarrow as pa
 from confluent_kafka import KafkaError, Message
 
 from models.errors import StoreError
-from models.event import Records, parse_batch
+from models.event import FUTURE_MS_MAX, Records, parse_batch
 from pipelines.dead_letter_topic import DELIVERY_WAIT_S, open_producer
 from pipelines.dead_letters import DeadLetter, Position, Selection, merge, read_dead_letters, read_rows, words
 from pipelines.kafka_topic import Topic
@@ -57,11 +57,15 @@ class Replay:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """again: replay what was replayed. force: replay what would be refused once more. now_ms: the wall clock."""
+    """again: replay what was replayed. force: replay what would be refused once more. now_ms: the wall clock.
+
+    future_ms_max: as models.event.parse_batch says.
+    """
 
     now_ms: int
     again: bool = False
     force: bool = False
+    future_ms_max: int = FUTURE_MS_MAX
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +106,7 @@ def turns(places: Sequence[tuple[Position, int]]) -> Iterator[tuple[Position, ..
         yield tuple(turn)
 
 
-def refusal(letter: DeadLetter, now_ms: int) -> str | None:
+def refusal(letter: DeadLetter, now_ms: int, future_ms_max: int = FUTURE_MS_MAX) -> str | None:
     """Why the letter's record would be refused if it were produced now; None when it is an event by now."""
     record = Records(
         epoch=letter.epoch,
@@ -112,7 +116,7 @@ def refusal(letter: DeadLetter, now_ms: int) -> str | None:
         keys=[letter.key],
         values=[letter.value],
     )
-    _, rejects = parse_batch(record)
+    _, rejects = parse_batch(record, future_ms_max)
     return f"{rejects[0].reason}: {rejects[0].detail}" if rejects else None
 
 
@@ -127,7 +131,7 @@ def decide(letter: DeadLetter, topic: Topic, replay: Replay | None, rules: Rules
         left_out = f"the topic has no partition {letter.partition}"
     elif replay is not None and not rules.again:
         left_out = f"replayed already ({replay.words}); --again replays it once more"
-    elif not rules.force and (why := refusal(letter, rules.now_ms)) is not None:
+    elif not rules.force and (why := refusal(letter, rules.now_ms, rules.future_ms_max)) is not None:
         left_out = f"still refused, {why}"
     return Decision(letter=letter.position, left_out=left_out)
 

@@ -22,6 +22,7 @@ from apache_beam.runners.worker.statesampler import StateSampler
 
 from models.checkpoint import open_checkpoint
 from models.errors import InputError, StoreError
+from models.event import FUTURE_MS_MAX
 from pipelines.dead_letter_topic import DeadLetterTopic
 from pipelines.delta_source import DeltaSource, open_log
 from pipelines.drain import drained_by_signals
@@ -35,6 +36,7 @@ from pipelines.parse import LETTERS, ParseRecords
 from pipelines.portable import run_job
 from pipelines.positions import Shard, slices, start_positions
 from pipelines.records import Ledger, Slice
+from pipelines.row_cache import ROW_CACHE_BYTES
 from pipelines.update import UpdateRows
 from pipelines.watch import UNWATCHED, Watch, watched
 from pipelines.worker import CheckpointRef, RowsHandle, forget_opened, opened_rows
@@ -52,7 +54,7 @@ class StreamPlan:
     table of dead letters. `start`: "resume" at the committed positions or
     the backfill's cut, or "earliest", the explicit choice to go without a backfill; for a topic also as
     kafka_topic.topic_positions says. `until`: "end", the log's end as of now, or "forever". `partitions`: these, a
-    share of them, or None for all.
+    share of them, or None for all. `future_ms_max`: as models.event.parse_batch says.
     """
 
     log_path: Path
@@ -64,6 +66,8 @@ class StreamPlan:
     start: Start = "resume"
     until: Literal["end", "forever"] = "end"
     partitions: tuple[int, ...] | Shard | None = None
+    future_ms_max: int = FUTURE_MS_MAX
+    row_cache_bytes: int = ROW_CACHE_BYTES
     batch_size: int = 10_000
     bundle_s: float = 2.0
     poll_s: float = 0.1
@@ -76,7 +80,7 @@ class StreamPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamReport:
-    """What a stream did. records_read = dead letters met + events_folded + events_skipped.
+    """What a stream did. records_read = dead letters met + folded + skipped + repeated + erased.
 
     seconds: with start-up and end; busy_s, busy_cpu_s: from the first record at hand to the last put, by the clock and
     of this process's CPU (0 where the workers are other processes).
@@ -95,9 +99,14 @@ class StreamReport:
     unknown_actions: int = 0
     events_folded: int = 0
     events_skipped: int = 0
+    events_repeated: int = 0
+    events_erased: int = 0
     conflicts: int = 0
+    retries: int = 0
     rows_written: int = 0
     bytes_written: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
 
 
 def build(pipeline: beam.Pipeline, source: UnboundedSource, checkpoint: CheckpointRef, plan: StreamPlan) -> None:
@@ -105,14 +114,14 @@ def build(pipeline: beam.Pipeline, source: UnboundedSource, checkpoint: Checkpoi
     parsed = (
         pipeline
         | "Read" >> ReadFromUnboundedSource(source, plan.poll_s, max_read_time_seconds=bundle_share_s(source, plan))
-        | "Parse" >> beam.ParDo(ParseRecords()).with_outputs(LETTERS, main="events")
+        | "Parse" >> beam.ParDo(ParseRecords(plan.future_ms_max)).with_outputs(LETTERS, main="events")
     )
     keep = KeepDeadLetters(plan.dead_letters_path, plan.dead_letters_topic, plan.source_name)
     parsed[LETTERS] | "KeepDeadLetters" >> beam.ParDo(keep)
     (
         parsed["events"]
         | "Encode" >> beam.ParDo(EncodeEvents(checkpoint))
-        | "Update" >> beam.ParDo(UpdateRows(checkpoint, plan.store))
+        | "Update" >> beam.ParDo(UpdateRows(checkpoint, plan.store, plan.row_cache_bytes))
     )
 
 

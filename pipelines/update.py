@@ -1,156 +1,198 @@
 """The update of rows: read the rows of a batch's users, fold the batch in, put them back if newer.
 
-A put that the fence refuses means that another writer was first: the row is read again and the update redone, and
-what the other writer folded is skipped by the stamp. A stored row that is damaged, or that another partition wrote,
-stops the stream: going on would drop that user's history.
+Rows come from the worker's own cache where it holds them, else from the store. A put that the fence refuses means
+that another writer was first: the row is read from the store and the update redone, and what the other writer folded
+is skipped by the stamp. A stored row that is damaged, or that another partition wrote, stops the stream: going on
+would drop that user's history.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 import apache_beam as beam
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 from apache_beam.metrics import Metrics
 
-from feature_repo.store import RowPut, RowStore, row_put
-from models.errors import InputError, StoreError, WireError
-from models.row import Fold, Row, RowBytes, advance, decode_row, new_row
+from feature_repo.store import RowStore, row_puts
+from models.errors import InputError, StoreError, TableBehindError, WireError
+from models.row import Advanced, Fold, Row, advance, advance_users, decode_row, new_row
 from models.wire import Stamp
 from pipelines.encode import EncodedBatch
 from pipelines.metrics import process_metrics
-from pipelines.worker import CheckpointRef, RowsHandle, opened_checkpoint, opened_rows
+from pipelines.patient_rows import PatientRows
+from pipelines.row_cache import ROW_CACHE_BYTES, RowCache
+from pipelines.worker import CheckpointRef, RowsHandle, opened_checkpoint, opened_row_cache, opened_rows, stop_requested
 
 TRIES = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UpdateCounts:
-    """What an update did. Every event is folded or skipped once, however often its put was redone."""
+    """What an update did. Every record is folded, skipped, repeated or erased once, however often its put was redone.
+
+    events_repeated: a producer sent them twice. events_erased: tombstones, and what they erased of their own batch.
+    A put that was done although its answer was lost counts as a conflict, and its events as skipped.
+    row_bytes: the size of each row that was put.
+    """
 
     events_folded: int = 0
     events_skipped: int = 0
+    events_repeated: int = 0
+    events_erased: int = 0
     conflicts: int = 0
+    retries: int = 0
     rows_written: int = 0
     bytes_written: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+    row_bytes: tuple[int, ...] = field(default=(), compare=False)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class UserEvents:
-    """The events of one user in a batch, in log order (dtype wire.RECENT)."""
-
-    user_id: str
-    events: np.ndarray
+COUNTED = tuple(each.name for each in fields(UpdateCounts) if each.name != "row_bytes")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Step:
-    """One user's row before and after: `put` is None when nothing was new."""
+class UsersEvents(NamedTuple):
+    """The events of U users (dtype wire.RECENT), one user after another, each user's in log order up to end_U."""
 
-    user: UserEvents
-    skipped: int
-    put: RowPut | None
+    user_ids: list[str]
+    event_N: np.ndarray
+    end_U: np.ndarray
+
+    def only(self, places: Sequence[int]) -> UsersEvents:
+        """These users alone."""
+        start_U = np.concatenate([[0], self.end_U[:-1]])
+        events = [self.event_N[start_U[u] : self.end_U[u]] for u in places]
+        return UsersEvents([self.user_ids[u] for u in places], np.concatenate(events), np.cumsum([*map(len, events)]))
 
 
-def update_rows(rows: RowStore, using: Fold, batch: EncodedBatch) -> UpdateCounts:
+def update_rows(rows: RowStore, using: Fold, batch: EncodedBatch, cache: RowCache | None = None) -> UpdateCounts:
     """Bring the rows of the batch's users up to the batch.
 
     Raises WireError for a damaged stored row, InputError for a user whose row another partition wrote, StoreError
-    when other writers were first TRIES times.
+    when other writers were first TRIES times, TableBehindError when a row holds an item that the table lacks.
     """
     checkpoint_id = using.spec.checkpoint_id
     position = Stamp(epoch=batch.epoch, partition=batch.partition, offset=-1)
-    waiting = by_user(batch)
-    folded = skipped = conflicts = written = size_bytes = 0
+    nobody = new_row(using.spec, batch.epoch, batch.partition)
+    cache = RowCache(0) if cache is None else cache
+    waiting, left_out = by_user(batch), np.zeros(3, np.int64)
+    conflicts = size_bytes = hits = misses = 0
+    row_bytes: list[int] = []
     for _ in range(TRIES):
-        stored = rows.get_rows(checkpoint_id, [user.user_id for user in waiting])
-        steps = [_step(user, data, position, using) for user, data in zip(waiting, stored, strict=True)]
-        skipped += sum(step.skipped for step in steps if step.put is None)
-        puts = [step for step in steps if step.put is not None]
-        accepted = rows.put_rows(checkpoint_id, [step.put for step in puts]) if puts else []
-        waiting = []
-        for step, done in zip(puts, accepted, strict=True):
+        stored = cache.get(waiting.user_ids)
+        lacking = [u for u, row in enumerate(stored) if row is None]
+        hits, misses = hits + len(stored) - len(lacking), misses + len(lacking)
+        for u, row in zip(lacking, _read(rows, [waiting.user_ids[u] for u in lacking], using), strict=True):
+            stored[u] = row
+        _refuse_moved(waiting.user_ids, stored, position)
+        before = [row or nobody for row in stored]
+        after, *left = _advance(waiting, before, position, using)
+        changed = [u for u, row in enumerate(after) if row is not before[u]]
+        puts = row_puts(*([column[u] for u in changed] for column in (waiting.user_ids, after, stored)))
+        accepted = rows.put_rows(checkpoint_id, puts) if puts else []
+        for u, put, done in zip(changed, puts, accepted, strict=True):
             if done:
-                folded += len(step.user.events) - step.skipped
-                skipped += step.skipped
-                written += 1
-                size_bytes += len(step.put.recent) + len(step.put.folded or b"")
-            else:
-                conflicts += 1
-                waiting.append(step.user)
-        if not waiting:
+                size_bytes += len(put.recent) + len(put.folded or b"")
+                row_bytes.append(len(put.recent) + len(after[u].folded_data))
+        refused = [u for u, done in zip(changed, accepted, strict=True) if not done]
+        conflicts += len(refused)
+        left_out += np.sum(left, axis=1) - np.sum(left, axis=1, where=np.isin(np.arange(len(after)), refused))
+        cache.keep(waiting.user_ids, after)
+        cache.drop([waiting.user_ids[u] for u in refused])
+        if not refused:
+            skipped, repeated, erased = left_out.tolist()
             return UpdateCounts(
-                events_folded=folded,
+                events_folded=len(batch.recent) - skipped - repeated - erased,
                 events_skipped=skipped,
+                events_repeated=repeated,
+                events_erased=erased,
                 conflicts=conflicts,
-                rows_written=written,
+                rows_written=len(row_bytes),
                 bytes_written=size_bytes,
+                cache_hits=hits,
+                cache_misses=misses,
+                row_bytes=tuple(row_bytes),
             )
-    raise StoreError(f"the row of user {waiting[0].user_id!r} was refused {TRIES} times; how many streams write it?")
+        waiting = waiting.only(refused)
+    raise StoreError(f"the row of user {waiting.user_ids[0]!r} was refused {TRIES} times; how many streams write it?")
 
 
-def by_user(batch: EncodedBatch) -> list[UserEvents]:
-    """The batch's events by user, each in log order."""
-    code_N, user_ids = pd.factorize(np.array(batch.user_ids, object))
+def by_user(batch: EncodedBatch) -> UsersEvents:
+    """The batch's events by user."""
+    users = pa.array(batch.user_ids, pa.string()).dictionary_encode()
+    code_N = users.indices.to_numpy()
     order_N = np.argsort(code_N, kind="stable")
-    ends = np.cumsum(np.bincount(code_N, minlength=len(user_ids))).tolist()
-    ordered = batch.recent[order_N]
-    return [
-        UserEvents(user_id=user_id, events=ordered[start:end])
-        for user_id, start, end in zip(user_ids, [0, *ends], ends, strict=False)
-    ]
+    return UsersEvents(users.dictionary.to_pylist(), batch.recent[order_N], np.cumsum(np.bincount(code_N)))
 
 
-def _step(user: UserEvents, data: RowBytes | None, position: Stamp, using: Fold) -> _Step:
-    stored = None if data is None else _stored_row(user.user_id, data, position, using)
-    before = new_row(using.spec, position.epoch, position.partition) if stored is None else stored
-    with _explaining(user.user_id):
-        after, left = advance(before, user.events, position, using)
-    put = None if after is before else row_put(user.user_id, after, stored)
-    return _Step(user=user, skipped=sum(left), put=put)
+def _read(rows: RowStore, user_ids: Sequence[str], using: Fold) -> list[Row | None]:
+    """The stored rows; the store is not asked for nobody's."""
+    found: list[Row | None] = []
+    stored = rows.get_rows(using.spec.checkpoint_id, user_ids) if user_ids else []
+    for user_id, data in zip(user_ids, stored, strict=True):
+        try:
+            found.append(None if data is None else decode_row(data, using.spec))
+        except WireError as error:
+            raise _explained(user_id, error) from error
+    return found
 
 
-def _stored_row(user_id: str, data: RowBytes, position: Stamp, using: Fold) -> Row:
-    with _explaining(user_id):
-        row = decode_row(data, using.spec)
-    # Offsets of two partitions cannot be compared: the stamp would skip events that the row does not hold.
-    if row.stamp.epoch == position.epoch and row.stamp.partition != position.partition:
-        raise InputError(
-            f"user {user_id!r} moved from partition {row.stamp.partition} to {position.partition} within epoch "
-            f"{position.epoch}: the log was re-partitioned; raise its epoch and run the backfill again"
-        )
-    return row
-
-
-@contextmanager
-def _explaining(user_id: str) -> Iterator[None]:
-    """Say whose stored row is damaged, and what to do."""
+def _advance(users: UsersEvents, rows: Sequence[Row], position: Stamp, using: Fold) -> Advanced:
     try:
-        yield
-    except WireError as error:
-        raise type(error)(
-            f"the stored row of user {user_id!r} cannot be used ({error}); repair it from the log, then start again"
-        ) from error
+        return advance_users(rows, users.event_N, users.end_U, position, using)
+    except WireError:
+        # Whose row it was is worth a second look.
+        for u, row in enumerate(rows):
+            try:
+                advance(row, users.only([u]).event_N, position, using)
+            except WireError as error:
+                raise _explained(users.user_ids[u], error) from error
+        raise
+
+
+def _explained(user_id: str, error: WireError) -> WireError:
+    """Whose stored row is damaged, and what to do."""
+    return type(error)(
+        f"the stored row of user {user_id!r} cannot be used ({error}); repair it from the log, then start again"
+    )
+
+
+def _refuse_moved(user_ids: Sequence[str], rows: Sequence[Row | None], position: Stamp) -> None:
+    """Offsets of two partitions cannot be compared: the stamp would skip events that the row does not hold."""
+    for user_id, row in zip(user_ids, rows, strict=True):
+        if row is not None and row.stamp.partition != position.partition and row.stamp.epoch == position.epoch:
+            raise InputError(
+                f"user {user_id!r} moved from partition {row.stamp.partition} to {position.partition} within epoch "
+                f"{position.epoch}: the log was re-partitioned; raise its epoch and run the backfill again"
+            )
 
 
 class UpdateRows(beam.DoFn):
-    """`update_rows` with the store and the checkpoint of this process."""
+    """`update_rows` with the store, the row cache and the checkpoint of this process."""
 
-    def __init__(self, checkpoint: CheckpointRef, store: RowsHandle) -> None:
+    def __init__(self, checkpoint: CheckpointRef, store: RowsHandle, row_cache_bytes: int = ROW_CACHE_BYTES) -> None:
         self._ref = checkpoint
         self._store = store
-        self._counters = {name: Metrics.counter("vql", name) for name in UpdateCounts.__dataclass_fields__}
+        self._row_cache_bytes = row_cache_bytes
+        self._counters = {name: Metrics.counter("vql", name) for name in COUNTED}
 
     def setup(self) -> None:
-        self._fold = opened_checkpoint(self._ref).fold
-        self._rows = opened_rows(self._store)
+        self._opened = opened_checkpoint(self._ref)
+        self._cache = opened_row_cache(self._store, self._ref.checkpoint_id, self._row_cache_bytes)
+        self._rows = PatientRows(opened_rows(self._store), stop_requested)
         self._metrics = process_metrics()
 
     def process(self, batch: EncodedBatch) -> Iterator[UpdateCounts]:
-        counts = update_rows(self._rows, self._fold, batch)
+        try:
+            counts = update_rows(self._rows, self._opened.fold, batch, self._cache)
+        except TableBehindError:
+            # Another writer met an item that was encoded since this process looked last.
+            counts = update_rows(self._rows, self._opened.reload(), batch, self._cache)
+        counts, self._rows.retries = replace(counts, retries=self._rows.retries), 0
         for name, counter in self._counters.items():
             counter.inc(getattr(counts, name))
         self._metrics.observe(counts)

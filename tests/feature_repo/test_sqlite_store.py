@@ -11,10 +11,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from feature_repo import sqlite_store
 from feature_repo.sqlite_store import SqliteRows

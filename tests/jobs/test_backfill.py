@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pyarrow as pa
 import pytest
+from msgspec.structs import replace
 
 from feature_repo.handle import StoreHandle
 from jobs.backfill import backfill, fold_users

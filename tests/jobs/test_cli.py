@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.metadata
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from feature_repo.handle import StoreHandle
 from feature_repo.store import row_put

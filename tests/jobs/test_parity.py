@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from feature_repo.handle import StoreHandle
 from feature_repo.reader import Reader
@@ -73,7 +73,7 @@ def test_a_wrong_row_is_found(reader: Reader, log: Path) -> None:
     row = row_of(reader, SOMEONE)
     recent = row.recent.copy()
     recent["item"][0] = recent["item"][0] % 20 + 1
-    plant(reader, replace(row, recent=recent))
+    plant(reader, replace(row, recent_data=recent.tobytes()))
     found = compare_rows(reader, log)
     assert found.max_abs_error > 0.01
     assert found.conserved
@@ -88,7 +88,7 @@ def test_a_missing_row_is_found(reader: Reader, log: Path) -> None:
 
 def test_an_event_folded_twice_is_found(reader: Reader, log: Path) -> None:
     row = row_of(reader, SOMEONE)
-    plant(reader, replace(row, recent=np.concatenate([row.recent, row.recent[-1:]])))
+    plant(reader, replace(row, recent_data=row.recent_data + row.recent_data[-24:]))
     found = compare_rows(reader, log)
     assert not found.conserved
     assert found.row_events == found.log_events + 1
@@ -99,7 +99,7 @@ def test_a_row_of_the_right_count_and_wrong_time_is_found(reader: Reader, log: P
     row = row_of(reader, SOMEONE)
     recent = row.recent.copy()
     recent["time"][0] -= np.uint64(HOUR_MS) << np.uint64(16)
-    plant(reader, replace(row, recent=recent))
+    plant(reader, replace(row, recent_data=recent.tobytes()))
     assert compare_rows(reader, log).max_abs_error > PARITY_MAX
 
 

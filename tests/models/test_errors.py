@@ -34,7 +34,7 @@ def defined() -> dict[str, tuple[str, int]]:
 
 def test_the_drawn_tree_is_the_tree_of_classes_with_their_exit_codes():
     assert documented() == defined()
-    assert len(defined()) == 10
+    assert len(defined()) == 11
 
 
 def test_every_error_is_a_vql_error_with_a_sentence_and_an_exit_code():

@@ -15,7 +15,7 @@ from tests.small import ACTIONS, START_MS, small_checkpoint
 @pytest.fixture
 def opened(tmp_path: Path) -> Opened:
     checkpoint = small_checkpoint(tmp_path / "c")
-    return Opened(checkpoint=checkpoint, fold=checkpoint.fold())
+    return Opened(checkpoint)
 
 
 def event(item_id: str, action: str) -> Event:

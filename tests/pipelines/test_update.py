@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from feature_repo.sqlite_store import SqliteRows
 from feature_repo.store import RowPut, whole_put
@@ -83,10 +83,13 @@ class RefusesAll(SqliteRows):
 def test_events_are_grouped_by_user_in_log_order(checkpoint: Checkpoint) -> None:
     mixed = batch(checkpoint, random_events(40))
 
-    for user in by_user(mixed):
-        mine = [record for record, user_id in zip(mixed.recent, mixed.user_ids, strict=True) if user_id == user.user_id]
-        assert user.events.tolist() == [record.tolist() for record in mine]
-    assert sum(len(user.events) for user in by_user(mixed)) == 40
+    users = by_user(mixed)
+
+    assert sorted(users.user_ids) == sorted(set(mixed.user_ids))
+    for user_id, events in zip(users.user_ids, np.split(users.event_N, users.end_U[:-1]), strict=True):
+        mine = [record for record, other in zip(mixed.recent, mixed.user_ids, strict=True) if other == user_id]
+        assert events.tolist() == [record.tolist() for record in mine]
+    assert len(users.event_N) == 40
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -114,7 +117,7 @@ def test_a_batch_delivered_again_changes_and_writes_nothing(checkpoint: Checkpoi
 
     assert first.events_folded == 100
     assert first.bytes_written >= first.rows_written * 100
-    assert again == UpdateCounts(events_skipped=100)
+    assert again == UpdateCounts(events_skipped=100, cache_misses=len(USERS))
     assert rows.get_rows(checkpoint.checkpoint_id, USERS) == before
 
 
