@@ -62,8 +62,9 @@ def stream(
     Example: vql bench stream --output build/bench/stream.json --soak-s 600
     """
     from jobs.bench import figures_table, write_figures
+    from jobs.bench_figures import table_rows
     from jobs.bench_load import LOADS
-    from jobs.bench_stream import StreamBench, run_stream_bench, table_rows
+    from jobs.bench_stream import StreamBench, run_stream_bench
     from pipelines.poison import poisoned
 
     chosen = choice("--load", load, (*LOADS, "both"))

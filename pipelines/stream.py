@@ -85,7 +85,8 @@ class StreamReport:
     seconds: with start-up and end; busy_s, busy_cpu_s: from the first record at hand to the last put, by the clock and
     of this process's CPU (0 where the workers are other processes).
     dead_letters: those new to the table; dead_letters_sent: those that their topic took, copies included;
-    dead_letters_too_large: those that it refused for their size, which are in the table.
+    dead_letters_too_large: those that it refused for their size, which are in the table. row_bytes: what bytes_written
+    would be, had every put written both parts of its row.
     """
 
     seconds: float
@@ -105,6 +106,7 @@ class StreamReport:
     retries: int = 0
     rows_written: int = 0
     bytes_written: int = 0
+    row_bytes: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
 
