@@ -234,6 +234,22 @@ def packed_stamp(stamp: Stamp) -> bytes:
     return b"%010d%019d%010d%010d" % (stamp.epoch, stamp.offset + 1, stamp.revision, stamp.partition)
 
 
+def unpacked_stamp(packed: bytes) -> Stamp:
+    """The inverse.
+
+    >>> unpacked_stamp(packed_stamp(Stamp(epoch=1, partition=3, offset=-1, revision=2)))
+    Stamp(epoch=1, partition=3, offset=-1, revision=2)
+    """
+    epoch, offset, revision, partition = (int(packed[a:b]) for a, b in ((0, 10), (10, 29), (29, 39), (39, 49)))
+    return Stamp(epoch=epoch, partition=partition, offset=offset - 1, revision=revision)
+
+
+def row_key(checkpoint_id: str, user_id: str) -> bytes:
+    """Where a user's row is: a hash with the fields s (stamp), r and f."""
+    user = _encoded(user_id)
+    return _shards(checkpoint_id)[crc32(user) % SHARDS][1] + user
+
+
 @lru_cache(maxsize=16)
 def _shards(checkpoint_id: str) -> list[tuple[bytes, bytes]]:
     """Each shard's index of users, and the prefix of its rows' keys."""

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.cli_bench import app as bench
 from jobs.cli_dead_letters import app as dead_letters
 from jobs.cli_options import CheckpointPath, Log, MaxFuture, State, choice, offsets, pairs
 from jobs.cli_stream import stream
@@ -30,9 +31,10 @@ app = typer.Typer(
     help="A streaming per-codeword cache that gives rankers attention over a user's whole history.\n\n"
     "The way of an event: [b]ingest[/b] (files to the log), [b]train[/b] (log to checkpoint), [b]encode-items[/b], "
     "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]rank[/b]. [b]demo[/b] goes all of it. "
-    "[b]dead-letters[/b] shows what the stream refused.",
+    "[b]dead-letters[/b] shows what the stream refused, [b]bench[/b] measures.",
 )
 app.add_typer(dead_letters, name="dead-letters")
+app.add_typer(bench, name="bench")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 

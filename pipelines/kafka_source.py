@@ -1,8 +1,10 @@
 """A Kafka topic as a Beam source: a split and a consumer per partition, whole record batches as elements.
 
-The consumer fetches in its own threads; `advance` only takes what is there. Offsets rise but need not be dense:
-compaction removes records, and transactions leave markers that nobody sees. An offset that the topic does not have
-(any more) stops the reader: Kafka's automatic reset would skip records, or read them all again, without a word.
+The consumer fetches in its own threads; `advance` only takes what is there, and gives way to the other partitions
+when that was less than a batch: the in-process runner reads one after another, and the others' records would wait.
+Offsets rise but need not be dense: compaction removes records, and transactions leave markers that nobody sees. An
+offset that the topic does not have (any more) stops the reader: Kafka's automatic reset would skip records, or read
+them all again, without a word.
 
 Where to go on is the row store's to say (its positions live and die with the rows); the consumer group is told as
 well, because the tools that show lag look there. Nothing joins the group: partitions are assigned by the slices.
@@ -11,6 +13,7 @@ Dead letters, rows and positions know only the epoch: see `kafka_topic` for what
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
@@ -37,10 +40,13 @@ from pipelines.metrics import process_metrics
 from pipelines.records import Ledger, PositionCoder, PositionMark, Slice
 from pipelines.worker import stop_requested
 
-# While records are on their way, `advance` waits this long for the first of them: to say "nothing" costs a whole
-# poll interval of the pipeline.
+# How long the readers of a process wait together, in turns, while none of them has records: for those that are on
+# their way, and for new ones. To say "nothing" costs a poll interval of the pipeline, except on the in-process runner,
+# which calls an idle reader again at once: without a wait its idle stream is a busy one.
 FETCH_WAIT_S = 0.1
+IDLE_WAIT_S = 0.04
 COMMIT_WAIT_S = 1.0
+COMMIT_INTERVAL_S = 1.0
 READER_OPTIONS = {
     "enable.auto.commit": False,
     "enable.auto.offset.store": False,
@@ -77,18 +83,34 @@ class KafkaLedger:
 
 
 class GroupOffsets:
-    """The committed offsets of a consumer group without members. A commit that fails is logged: nobody starts there."""
+    """The committed offsets of a consumer group without members. A commit that fails is logged: nobody starts there.
+
+    A partition's are told once in COMMIT_INTERVAL_S, which is enough for tools; `flush` tells what was held back.
+    """
 
     def __init__(self, kafka: KafkaSettings, group: str) -> None:
         self._group = group
-        self._last: dict[tuple[str, int], int] = {}
+        self._told: dict[tuple[str, int], int] = {}
+        self._held: dict[tuple[str, int], int] = {}
+        self._tried_s: dict[tuple[str, int], float] = {}
         # Rejected: a consumer's commit. One that is not answered holds up the end of the process for a minute.
         self._admin = AdminClient(kafka.client())
 
     def commit(self, topic: str, partition: int, next_offset: int) -> None:
-        if next_offset <= self._last.get((topic, partition), 0):
+        place = (topic, partition)
+        if next_offset <= self._told.get(place, 0):
             return
-        to = ConsumerGroupTopicPartitions(self._group, [TopicPartition(topic, partition, next_offset)])
+        self._held[place] = next_offset
+        if time.monotonic() - self._tried_s.get(place, -COMMIT_INTERVAL_S) >= COMMIT_INTERVAL_S:
+            self._tell(place)
+
+    def flush(self) -> None:
+        for place in list(self._held):
+            self._tell(place)
+
+    def _tell(self, place: tuple[str, int]) -> None:
+        self._tried_s[place] = time.monotonic()
+        to = ConsumerGroupTopicPartitions(self._group, [TopicPartition(*place, self._held[place])])
         answer = self._admin.alter_consumer_group_offsets([to], request_timeout=COMMIT_WAIT_S)[self._group]
         try:
             (done,) = answer.result().topic_partitions
@@ -96,7 +118,7 @@ class GroupOffsets:
         except KafkaException as raised:
             error = raised.args[0]
         if error is None:
-            self._last[topic, partition] = next_offset
+            self._told[place] = self._held.pop(place)
         else:
             structlog.get_logger().warning("group offsets not committed", group=self._group, error=error.str())
         self._admin.poll(0)
@@ -125,6 +147,10 @@ class KafkaSource(UnboundedSource):
         ledger = KafkaLedger(rows=rows, kafka=topic.kafka, topic=topic.identity.name, group=group)
         return cls(kafka=topic.kafka, identity=topic.identity, slices=slices, ledger=ledger, batch_size=batch_size)
 
+    def close(self) -> None:
+        """After the last commit of this process: the group's offsets are what the rows' are."""
+        group_offsets(self.kafka, self.ledger.group).flush()
+
     def split(self, desired_num_splits: int, options: object = None) -> list[KafkaSource]:
         return [replace(self, slices=(part,)) for part in self.slices]
 
@@ -136,6 +162,33 @@ class KafkaSource(UnboundedSource):
 
     def get_checkpoint_mark_coder(self) -> Coder:
         return PositionCoder(self.ledger)
+
+
+class Turns:
+    """How the readers of a process share its time: whoever has given all that was there lets the others go on."""
+
+    def __init__(self) -> None:
+        self._readers = self._idle_in_a_row = 0
+
+    def join(self) -> None:
+        self._readers += 1
+
+    def leave(self) -> None:
+        self._readers -= 1
+
+    def note(self, found: bool) -> None:
+        self._idle_in_a_row = 0 if found else self._idle_in_a_row + 1
+
+    def wait_s(self, behind: bool) -> float:
+        """How long a reader without records waits for some: not at all while another one has any."""
+        others_idle = self._idle_in_a_row >= self._readers - 1
+        return (FETCH_WAIT_S if behind else IDLE_WAIT_S) / self._readers if others_idle else 0.0
+
+
+@lru_cache(maxsize=1)
+def process_turns() -> Turns:
+    """The turns of this process."""
+    return Turns()
 
 
 class KafkaReader(UnboundedReader):
@@ -152,6 +205,9 @@ class KafkaReader(UnboundedReader):
         own = {"group.id": source.ledger.group, "stats_cb": partial(self._metrics.kafka_statistics, part.partition)}
         self._consumer = Consumer(source.kafka.client() | READER_OPTIONS | own)
         self._consumer.assign([self._at])
+        self._turns = process_turns()
+        self._turns.join()
+        self._gave_all = False
 
     def start(self) -> bool:
         return self.advance()
@@ -159,15 +215,22 @@ class KafkaReader(UnboundedReader):
     def advance(self) -> bool:
         if self._finished():
             return False
-        messages = self._consumer.consume(self._source.batch_size, 0)
-        if not messages and self._behind():
-            messages = self._consumer.consume(1, FETCH_WAIT_S)
-            messages += self._consumer.consume(self._source.batch_size - 1, 0) if messages else []
+        if self._gave_all:
+            self._gave_all = False
+            return False
+        size = self._source.batch_size
+        messages = self._consumer.consume(size, 0)
+        if not messages and (wait_s := self._turns.wait_s(self._behind())):
+            messages = self._consumer.consume(1, wait_s)
+            messages += self._consumer.consume(size - 1, 0) if messages else []
         # After the fetch, so that an answer which is newer than the records speaks for them.
         self._watch.check()
         if (end := self._end()) >= 0:
             self._metrics.log_end(self._partition, end - 1)
-        return self._take(messages)
+        found = self._take(messages)
+        self._turns.note(found)
+        self._gave_all = found and len(messages) < size and not self._finished()
+        return found
 
     def get_current(self) -> Records:
         return self._current
@@ -182,6 +245,7 @@ class KafkaReader(UnboundedReader):
         return PositionMark(ledger=self._source.ledger, partition=self._partition, offset=self._offset)
 
     def close(self) -> None:
+        self._turns.leave()
         self._consumer.close()
 
     def _finished(self) -> bool:

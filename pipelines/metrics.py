@@ -122,6 +122,9 @@ class StreamMetrics:
         self.registry = CollectorRegistry()
         self.partitions: dict[int, PartitionProgress] = {}
         self.last_commit_s: float | None = None
+        # Wall-clock and CPU seconds of this process.
+        self._first_taken: tuple[float, float] | None = None
+        self._last_put: tuple[float, float] | None = None
         self._clock = clock
         self._visible = _Histogram(np.array(VISIBLE_BUCKETS_S))
         self._row_bytes = _Histogram(np.array(ROW_BYTES_BUCKETS))
@@ -142,13 +145,18 @@ class StreamMetrics:
         """A stream starts at these positions; the counters of an earlier one in this process go on."""
         now_s = self._clock()
         self.partitions = {p: PartitionProgress(started_s=now_s, in_rows=at) for p, at in after_offsets.items()}
-        self.last_commit_s = None
+        self.last_commit_s = self._first_taken = self._last_put = None
 
     def log_end(self, partition: int, offset: int) -> None:
         """The log's last offset as a reader sees it."""
         if (progress := self.partitions.get(partition)) is not None:
             progress.log_end = offset
             self._note_end(progress)
+
+    def begun(self) -> None:
+        """Records are here, and work on them begins."""
+        if self._first_taken is None:
+            self._first_taken = (self._clock(), time.process_time())
 
     def observe(self, counts: Any) -> None:
         """Add what an update did (UpdateCounts)."""
@@ -172,6 +180,7 @@ class StreamMetrics:
         if (progress := self.partitions.get(partition)) is None:
             return
         now_s, progress.put_once = self._clock(), True
+        self._last_put = (now_s, time.process_time())
         while progress.on_their_way:
             last_offset, log_time_ms_N = progress.on_their_way.popleft()
             progress.in_rows = max(progress.in_rows, last_offset)
@@ -180,6 +189,13 @@ class StreamMetrics:
             if len(known_s_N):
                 progress.newest_s = max(float(known_s_N.max()), progress.newest_s or 0.0)
         self._note_end(progress)
+
+    def busy(self) -> tuple[float, float]:
+        """Wall-clock and CPU seconds from the first record that was here to the last put: no start-up, no end."""
+        if self._first_taken is None or self._last_put is None:
+            return 0.0, 0.0
+        (from_s, from_cpu_s), (to_s, to_cpu_s) = self._first_taken, self._last_put
+        return to_s - from_s, to_cpu_s - from_cpu_s
 
     def encoded(self, unknown_items: int, unknown_actions: int) -> None:
         self._unknown.labels("item").inc(unknown_items)

@@ -55,6 +55,7 @@ class ParseRecords(beam.DoFn):
         self._metrics = process_metrics()
 
     def process(self, records: Records) -> Iterator[EventBatch | beam.pvalue.TaggedOutput]:
+        self._metrics.begun()
         self._records.inc(len(records))
         batch, letters = parse_records(records, self._future_ms_max)
         good_N = np.searchsorted(records.offset_N, batch.columns.offset_N)

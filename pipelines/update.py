@@ -179,6 +179,7 @@ class UpdateRows(beam.DoFn):
         self._store = store
         self._row_cache_bytes = row_cache_bytes
         self._counters = {name: Metrics.counter("vql", name) for name in COUNTED}
+        self._row_bytes = Metrics.counter("vql", "row_bytes")
 
     def setup(self) -> None:
         self._opened = opened_checkpoint(self._ref)
@@ -195,6 +196,7 @@ class UpdateRows(beam.DoFn):
         counts, self._rows.retries = replace(counts, retries=self._rows.retries), 0
         for name, counter in self._counters.items():
             counter.inc(getattr(counts, name))
+        self._row_bytes.inc(sum(counts.row_bytes))
         self._metrics.observe(counts)
         self._metrics.put(batch.partition)
         yield counts

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.jars import cache_folder
-from tests.servers import free_ports, missing
+from jobs.local_servers import free_ports
+from tests.servers import missing
 
 REPOSITORY = Path(__file__).parents[1]
 BUILD_WAIT_S = 540.0

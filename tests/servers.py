@@ -1,33 +1,13 @@
-"""What the tests of servers share: ports of 127.0.0.1 that nobody listens on, what a server answers,
-and what becomes of a test whose server is not installed.
-"""
+"""What the tests of servers share: what a server answers, and what becomes of a test whose server is not installed."""
 
 from __future__ import annotations
 
 import os
-import socket
 from typing import NoReturn
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
-
-
-def free_ports(count: int) -> list[int]:
-    """So many different ones; held all at once while they are chosen."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
-
-
-def free_port() -> int:
-    (port,) = free_ports(1)
-    return port
 
 
 def get(url: str) -> tuple[int, str]:

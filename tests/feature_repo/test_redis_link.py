@@ -11,10 +11,10 @@ import pytest
 
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.redis_store import RedisRows
+from jobs.local_servers import free_port
 from models.errors import StoreError, UnavailableError
 from tests.feature_repo.subjects import A, bytes_of, get, stamp, whole
 from tests.redis_server import MEMORY_ONLY, RedisServer, running_redis
-from tests.servers import free_port
 
 PASSWORD = "a-secret-of-the-tests"
 

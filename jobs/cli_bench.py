@@ -1,0 +1,83 @@
+"""The commands `vql bench`: each measures one part of the product on this machine, and writes its figures as JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from jobs.cli_options import choice
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Measure the product on this machine. Each command writes its figures as JSON, with the machine and versions "
+    "that they depend on. Close other programs first: a figure is only as good as the machine is idle.",
+)
+out = Console(highlight=False)
+
+Output = Annotated[Path, typer.Option("--output", resolve_path=True, help="The JSON file to write.")]
+
+
+@app.callback()
+def _group() -> None:
+    """A group, also while it has one command."""
+
+
+@app.command("stream")
+def stream(
+    output: Output,
+    load: Annotated[
+        str, typer.Option(help="skewed: 5,000 users by a power law. uniform: 500,000 users alike. both")
+    ] = "both",
+    events: Annotated[int | None, typer.Option(min=1, help="Events of a load to catch up with.")] = None,
+    freshness_s: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds at each of 10, 50 and 80 % of capacity; 0: not at all.")
+    ] = None,
+    soak_s: Annotated[
+        float | None, typer.Option(min=0.0, help="Seconds for which memory is watched; 0: not at all.")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Rounds of all sides; the median of each side counts.")
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="A smoke run of minutes: one round of 100,000 events, 5 s each. Figures say little."
+        ),
+    ] = False,
+) -> None:
+    """How fast, how fresh, how steady the stream is; against a plain loop that makes the same rows without safety.
+
+    Starts its own Kafka and redis-server on free ports of 127.0.0.1, in a temporary folder; needs Java and
+    redis-server. They take their share of the same cores. A default run takes about a quarter of an hour.
+
+    [b]floor, redis, embedded[/b]: events/s by the plain loop, and by vql stream into Redis and into SQLite, from the
+    first record at hand to the last put. [b]bytes_per_event[/b]: written to the store, as rows of two parts and had
+    they been whole. [b]freshness[/b]: seconds from an event to the row that holds it, for a reader of Redis.
+    [b]rss_mb[/b]: memory of the stream's process. [b]poison[/b]: events/s with 1 % of bad records.
+
+    Example: vql bench stream --output build/bench/stream.json --soak-s 600
+    """
+    from jobs.bench import figures_table, write_figures
+    from jobs.bench_figures import table_rows
+    from jobs.bench_load import LOADS
+    from jobs.bench_stream import StreamBench, run_stream_bench
+    from pipelines.poison import poisoned
+
+    chosen = choice("--load", load, (*LOADS, "both"))
+    usual_events, usual_s, usual_repeats = (100_000, 5.0, 1) if quick else (1_000_000, 30.0, 3)
+    plan = StreamBench(
+        events=usual_events if events is None else events,
+        loads=tuple(LOADS) if chosen == "both" else (chosen,),
+        freshness_s=usual_s if freshness_s is None else freshness_s,
+        soak_s=usual_s if soak_s is None else soak_s,
+        poisoned=poisoned,
+        repeats=usual_repeats if repeats is None else repeats,
+    )
+    figures = run_stream_bench(plan, out)
+    write_figures(output, figures)
+    out.print(figures_table("the stream, on this machine", plan.loads, table_rows(figures, plan.loads)))
+    out.print(f"figures: {output}", soft_wrap=True)
