@@ -191,9 +191,9 @@ def parse_batch(records: Records, future_ms_max: int = FUTURE_MS_MAX) -> tuple[E
 
     future_ms_max: how far an event's time may lie after its record's own time.
     """
-    events, places, refused = _decode(records)
+    events, places, refused, odd = _decode(records)
     found = columns(events, records.offset_N[places])
-    for n in _suspects(found, places, records, future_ms_max):
+    for n in sorted({*odd, *_beyond_limits(found, records.log_time_ms_N[places], future_ms_max)}):
         try:
             _judge(events[n], places[n], records, future_ms_max)
         except EventError as error:
@@ -203,41 +203,46 @@ def parse_batch(records: Records, future_ms_max: int = FUTURE_MS_MAX) -> tuple[E
     return found, [_reject(place, refused[place], records) for place in sorted(refused)]
 
 
-def _decode(records: Records) -> tuple[list[Event], list[int], dict[int, _Refusal]]:
-    """The events among the records, the place of each, and by place why the others are none."""
+def _decode(records: Records) -> tuple[list[Event], list[int], dict[int, _Refusal], list[int]]:
+    """The events among the records, the place of each, by place why the others are none, and which events are odd.
+
+    An odd one has to be looked at again: it is large, its key is not its user, or some id may not be ASCII.
+    """
     decode = _LIMITED_DECODER.decode
     events: list[Event] = []
     places: list[int] = []
     refused: dict[int, _Refusal] = {}
+    odd: list[int] = []
     for place, (value, key) in enumerate(zip(records.values, records.keys, strict=True)):
         try:
-            try:
-                event = tombstone(key) if value is None else decode(value)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-                # Letters are not bytes: what the limits refuse may still be an event, and if not, this says why.
-                event = parse(value or b"")
+            if value is None:
+                event = tombstone(key)
+            else:
+                try:
+                    event = decode(value)
+                except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+                    # Letters are not bytes: what the limits refuse may still be an event, and if not, this says why.
+                    event = parse(value)
+                if (
+                    not value.isascii()
+                    or b"\\" in value
+                    or len(value) > RECORD_BYTES_MAX
+                    or (key is not None and key != event.user_id.encode(errors="replace"))
+                ):
+                    odd.append(len(events))
         except EventError as error:
             refused[place] = _Refusal(error.reason, error.detail)
         else:
             events.append(event)
             places.append(place)
-    return events, places, refused
+    return events, places, refused, odd
 
 
-def _suspects(found: EventColumns, places: list[int], records: Records, future_ms_max: int) -> list[int]:
-    """Which of the decoded events may break the contract: cheap to ask, and never missing one that does."""
+def _beyond_limits(found: EventColumns, log_time_ms_N: np.ndarray, future_ms_max: int) -> list[int]:
+    """Which of the decoded events may have a weight or a time beyond the limits; tombstones are among them."""
     size_N = np.abs(found.weight_N)
-    log_time_ms_N = records.log_time_ms_N[places]
     future_N = (log_time_ms_N != UNKNOWN_TIME) & (found.time_ms_N > log_time_ms_N + future_ms_max)
-    suspect_N = (size_N <= WEIGHT_MIN) | (size_N >= WEIGHT_MAX) | future_N
-    for ids in (found.event_ids, found.user_ids, found.item_ids, found.actions):
-        if not "".join(ids).isascii():
-            suspect_N |= [not each.isascii() for each in ids]
-    for n, (place, user_id) in enumerate(zip(places, found.user_ids, strict=True)):
-        key, value = records.keys[place], records.values[place]
-        if (key is not None and key != user_id.encode(errors="replace")) or len(value or b"") > RECORD_BYTES_MAX:
-            suspect_N[n] = True
-    return np.flatnonzero(suspect_N).tolist()
+    return np.flatnonzero((size_N <= WEIGHT_MIN) | (size_N >= WEIGHT_MAX) | future_N).tolist()
 
 
 def _judge(event: Event, place: int, records: Records, future_ms_max: int) -> None:
