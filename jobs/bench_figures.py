@@ -46,7 +46,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PoisonCost(msgspec.Struct, frozen=True, kw_only=True):
-    """ratio: records per second with this share of bad ones, over those with none."""
+    """ratio: records per second with this share of bad ones, over those with none, median of rounds."""
 
     share: float
     events_per_s: float
@@ -54,7 +54,10 @@ class PoisonCost(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """One load. ratio_to_floor: events_per_s over the floor's. rows_compared: stream's and floor's, found alike."""
+    """One load. ratio_to_floor: events_per_s over the floor's, median of rounds.
+
+    rows_compared: stream's and floor's, found alike.
+    """
 
     floor: Throughput
     redis: Throughput

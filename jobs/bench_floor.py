@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from zlib import crc32
 
@@ -75,6 +76,10 @@ class Floor:
         self._item = self._using.table.index.get
         self._decode = msgspec.json.Decoder(Event).decode
         self._users: dict[str, User] = {}
+        self._nobody = empty(self._using.spec)
+        self._nothing_folded = lru_cache(
+            lambda partition: encode_folded(self._nobody, Stamp(epoch=EPOCH, partition=partition, offset=-1))
+        )
         self.events = 0
 
     def take(self, messages: list[Message]) -> None:
@@ -110,8 +115,8 @@ class Floor:
         """The user's recent records with the new ones; what is folded of them goes to `changed`."""
         user = self._users.get(user_id)
         if user is None:
-            user = self._users[user_id] = User(recent=b"", cache=empty(self._using.spec))
-            changed[folded_key(user_id)] = encode_folded(user.cache, Stamp(epoch=EPOCH, partition=partition, offset=-1))
+            user = self._users[user_id] = User(recent=b"", cache=self._nobody)
+            changed[folded_key(user_id)] = self._nothing_folded(partition)
         user.recent += new
         window = self._using.window
         if (count := len(user.recent) // RECENT.itemsize) >= 2 * window:
