@@ -19,6 +19,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import structlog
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.table import TableMerger
@@ -39,6 +40,7 @@ SCHEMA = pa.schema(
     ]
 )
 TRIES = 20
+WRITES_PER_TIDY = 50
 SAME_POSITION = "old.partition = new.partition AND old.epoch = new.epoch AND old.offset = new.offset"
 _SUMMARY = {name: ds.field(name) for name in ("epoch", "partition", "offset", "reason", "detail", "log_time_ms")} | {
     "size_bytes": pc.coalesce(pc.binary_length(ds.field("value")), pa.scalar(0, pa.int32()))
@@ -124,12 +126,26 @@ def merge(path: Path, rows: pa.Table, change: Callable[[TableMerger], TableMerge
     for _ in range(TRIES):
         try:
             table = _table(path, rows.schema)
-            return change(table.merge(rows, SAME_POSITION, source_alias="new", target_alias="old")).execute()
+            counts = change(table.merge(rows, SAME_POSITION, source_alias="new", target_alias="old")).execute()
         except CommitFailedError:
             continue
         except (DeltaError, OSError) as error:
             raise StoreError(f"dead letters cannot be written to {path}: {error}") from error
+        _tidy(table)
+        return counts
     raise StoreError(f"dead letters cannot be written to {path}: other writers came first {TRIES} times")
+
+
+def _tidy(table: DeltaTable) -> None:
+    """Now and then, make one file of many: each write adds one, and a merge takes a millisecond for each."""
+    if table.version() % WRITES_PER_TIDY:
+        return
+    try:
+        table.optimize.compact()
+        # Files that no version of the last week names; a reader of an old version has that long.
+        table.vacuum(dry_run=False)
+    except (DeltaError, OSError) as error:
+        structlog.get_logger().warning("dead letters were kept, and not compacted", error=str(error))
 
 
 def read_dead_letters(path: Path, selection: Selection = Selection()) -> list[DeadLetter]:

@@ -14,6 +14,7 @@ import msgspec
 from apache_beam.coders import Coder
 from apache_beam.io.unbounded_source import CheckpointMark
 
+from pipelines.held_letters import held_letters
 from pipelines.metrics import process_metrics
 from pipelines.worker import RowsHandle, opened_rows
 
@@ -52,8 +53,11 @@ class PositionMark(CheckpointMark):
     offset: int
 
     def finalize_checkpoint(self) -> None:
-        self.ledger.commit(self.partition, self.offset)
-        process_metrics().committed(self.partition, self.offset)
+        held_letters().commit(self.partition, self.offset, self._commit)
+
+    def _commit(self, partition: int, offset: int) -> None:
+        self.ledger.commit(partition, offset)
+        process_metrics().committed(partition, offset)
 
 
 class PositionCoder(Coder):

@@ -28,9 +28,10 @@ from pipelines.delta_source import DeltaSource, open_log
 from pipelines.drain import drained_by_signals
 from pipelines.encode import EncodeEvents
 from pipelines.health import Health
+from pipelines.held_letters import HELD_S
 from pipelines.kafka_source import KafkaSource
 from pipelines.kafka_topic import KafkaLog, Start, open_topic, topic_positions
-from pipelines.keep_dead_letters import KeepDeadLetters
+from pipelines.keep_dead_letters import KeepDeadLetters, LetterKeeper
 from pipelines.metrics import process_metrics
 from pipelines.parse import LETTERS, ParseRecords
 from pipelines.portable import run_job
@@ -111,14 +112,23 @@ class StreamReport:
     cache_misses: int = 0
 
 
-def build(pipeline: beam.Pipeline, source: UnboundedSource, checkpoint: CheckpointRef, plan: StreamPlan) -> None:
-    """Read, parse, encode, update; what is no event is kept aside."""
+def build(
+    pipeline: beam.Pipeline,
+    source: UnboundedSource,
+    checkpoint: CheckpointRef,
+    plan: StreamPlan,
+    letters_held_s: float = 0.0,
+) -> None:
+    """Read, parse, encode, update; what is no event is kept aside.
+
+    letters_held_s: how long dead letters may be gathered, by a caller who keeps the last of them afterwards.
+    """
     parsed = (
         pipeline
         | "Read" >> ReadFromUnboundedSource(source, plan.poll_s, max_read_time_seconds=bundle_share_s(source, plan))
         | "Parse" >> beam.ParDo(ParseRecords(plan.future_ms_max)).with_outputs(LETTERS, main="events")
     )
-    keep = KeepDeadLetters(plan.dead_letters_path, plan.dead_letters_topic, plan.source_name)
+    keep = KeepDeadLetters(plan.dead_letters_path, plan.dead_letters_topic, plan.source_name, letters_held_s)
     parsed[LETTERS] | "KeepDeadLetters" >> beam.ParDo(keep)
     (
         parsed["events"]
@@ -141,7 +151,8 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS, watch: Watc
     _check_dead_letters_topic(plan)
     log = structlog.get_logger()
     log.info("stream starts", log=plan.source_name, until=plan.until, slices=[_words(s) for s in source.slices])
-    if any(argument.startswith("--runner=") and argument not in IN_PROCESS for argument in pipeline_args):
+    in_process = not any(each.startswith("--runner=") and each not in IN_PROCESS for each in pipeline_args)
+    if not in_process:
         log.warning("figures are empty", reason="the runner's workers are other processes: look at the runner's own")
     # No option of Beam's says it. In workers of other processes it stays as it is.
     StateSampler.__init__.__defaults__ = (SAMPLING_MS,)
@@ -149,14 +160,17 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS, watch: Watc
     metrics.begin({part.partition: part.after_offset for part in source.slices})
     started_s = time.monotonic()
     pipeline = beam.Pipeline(options=PipelineOptions(list(pipeline_args)))
-    build(pipeline, source, checkpoint, plan)
+    # Workers of other processes are not asked when they end: each of their bundles keeps its own letters.
+    build(pipeline, source, checkpoint, plan, HELD_S if in_process else 0.0)
     health = Health(metrics=metrics, store=plan.store, checkpoint_id=checkpoint.checkpoint_id, started_s=time.time())
     with watched(watch, health), drained_by_signals(watch.drain_s):
-        result = run_job(pipeline)
+        counts = _counts(run_job(pipeline))
+        last = LetterKeeper(plan.dead_letters_path, plan.dead_letters_topic, plan.source_name).keep_held()
         if isinstance(source, KafkaSource):
             source.close()
     seconds, (busy_s, busy_cpu_s) = time.monotonic() - started_s, metrics.busy()
-    report = StreamReport(seconds=seconds, busy_s=busy_s, busy_cpu_s=busy_cpu_s, **_counts(result))
+    counts |= {name: counts.get(name, 0) + more for name, more in asdict(last).items()}
+    report = StreamReport(seconds=seconds, busy_s=busy_s, busy_cpu_s=busy_cpu_s, **counts)
     log.info("stream ended", **asdict(report))
     return report
 

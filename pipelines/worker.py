@@ -22,6 +22,7 @@ from feature_repo.store import RowStore
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import CheckpointError, MismatchError
 from models.row import Fold
+from pipelines.held_letters import held_letters
 from pipelines.row_cache import RowCache
 
 LOOK_EVERY_S = 5.0
@@ -128,4 +129,5 @@ def forget_opened() -> None:
     opened_rows.cache_clear()
     opened_checkpoint.cache_clear()
     opened_row_cache.cache_clear()
+    held_letters.cache_clear()
     stop_requested.clear()

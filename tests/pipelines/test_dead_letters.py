@@ -5,9 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from deltalake import DeltaTable
 
 from models.errors import InputError, StoreError
-from pipelines.dead_letters import DeadLetter, Selection, read_dead_letters, summaries, write_dead_letters
+from pipelines.dead_letters import (
+    WRITES_PER_TIDY,
+    DeadLetter,
+    Selection,
+    read_dead_letters,
+    summaries,
+    write_dead_letters,
+)
 
 
 def letter(offset: int, partition: int = 0, epoch: int = 1) -> DeadLetter:
@@ -119,3 +127,11 @@ def test_a_table_whose_files_are_lost_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=f"{tmp_path / 'd'} cannot be read"):
         read_dead_letters(tmp_path / "d")
+
+
+def test_many_small_writes_become_few_files_and_no_letter_is_lost(tmp_path: Path) -> None:
+    for n in range(WRITES_PER_TIDY + 3):
+        assert write_dead_letters(tmp_path / "d", [letter(n), letter(n + 1)]) == (2 if n == 0 else 1)
+
+    assert len(DeltaTable(tmp_path / "d").file_uris()) < 10
+    assert [each.offset for each in read_dead_letters(tmp_path / "d")] == list(range(WRITES_PER_TIDY + 4))

@@ -12,7 +12,7 @@ import pytest
 from feature_repo.handle import StoreHandle
 from models.checkpoint import Checkpoint
 from models.errors import InputError, StoreError
-from pipelines import keep_dead_letters
+from pipelines import held_letters
 from pipelines.dead_letter_topic import DeadLetterTopic
 from pipelines.dead_letters import DeadLetter, read_dead_letters
 from pipelines.kafka_settings import kafka_settings
@@ -88,7 +88,6 @@ def test_one_too_large_for_the_topic_is_kept_in_the_table_and_counted(broker: Br
     )
     step = KeepDeadLetters(plan.dead_letters_path, alone(plan).dead_letters_topic, "events")
     step.setup()
-    step.start_bundle()
     step.process([large])
     step.process([replace(large, offset=10, value=b"{")])
     step.finish_bundle()
@@ -114,13 +113,12 @@ def test_a_topic_that_does_not_take_letters_stops_the_stream_before_anything_is_
 def test_a_bundle_of_nothing_but_large_letters_is_kept_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keep_dead_letters, "BYTES_PER_WRITE", 100)
+    monkeypatch.setattr(held_letters, "BYTES_HELD", 100)
     step, letters = (
         KeepDeadLetters(tmp_path / "d"),
         [DeadLetter(epoch=1, partition=0, offset=n, reason="size", detail="", value=b"x" * 60) for n in range(3)],
     )
     step.setup()
-    step.start_bundle()
     for each in letters[:2]:
         step.process([each])
 
