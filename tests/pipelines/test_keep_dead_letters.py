@@ -19,6 +19,7 @@ from pipelines.kafka_settings import kafka_settings
 from pipelines.kafka_topic import KafkaLog
 from pipelines.keep_dead_letters import KeepDeadLetters
 from pipelines.stream import StreamPlan, run
+from pipelines.worker import forget_opened
 from tests.kafka_broker import Broker
 from tests.pipelines.letters_on_topics import messages_of
 from tests.small import small_checkpoint
@@ -26,6 +27,12 @@ from tests.small import small_checkpoint
 pytestmark = pytest.mark.beam
 
 BAD = [(b"k%d" % n, b"{%d" % n) for n in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_held() -> None:
+    """A stream that fails leaves its letters in memory, until the next one in this process."""
+    forget_opened()
 
 
 @pytest.fixture
@@ -106,7 +113,7 @@ def test_a_topic_that_does_not_take_letters_stops_the_stream_before_anything_is_
     with pytest.raises(StoreError, match="were not taken by topic compacted"):
         run(replace(plan, dead_letters_topic=replace(plan.dead_letters_topic, topic=refusing)))
 
-    assert plan.store.open().positions(checkpoint.checkpoint_id) == {}
+    assert {offset for _, offset in plan.store.open().positions(checkpoint.checkpoint_id).values()} <= {-1}
     assert run(plan).dead_letters_sent == 6
 
 
