@@ -82,7 +82,7 @@ class RowStore(Protocol):
         ...
 
     def delete_checkpoint(self, checkpoint_id: str) -> int:
-        """Erase the checkpoint's rows, positions and backfill record; how many rows there were."""
+        """Erase the checkpoint's rows, positions, log and backfill record; how many rows there were."""
         ...
 
     def positions(self, checkpoint_id: str) -> dict[int, tuple[int, int]]:
@@ -91,6 +91,10 @@ class RowStore(Protocol):
 
     def commit_positions(self, checkpoint_id: str, epoch: int, offsets: Mapping[int, int]) -> None:
         """Raise the committed offsets; a lower (epoch, offset) than the stored one is ignored."""
+        ...
+
+    def bind_log(self, checkpoint_id: str, epoch: int, log: str) -> str:
+        """The log that the checkpoint's rows of this epoch are made from: this one, if none was named yet."""
         ...
 
     def backfill(self, checkpoint_id: str) -> Backfill | None: ...

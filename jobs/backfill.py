@@ -25,6 +25,7 @@ from models.errors import InputError, StoreError
 from models.event import runs
 from models.row import Row, advance, new_row
 from models.wire import pack_recent
+from pipelines.kafka_topic import TopicIdentity
 
 PUT_CHUNK = 500
 DONE = "users long, events long, newer long"
@@ -43,6 +44,9 @@ def backfill(
     rows = store.open()
     revision = _next_revision(rows.backfill(checkpoint.checkpoint_id), facts)
     cut = _resolve_cut(events, cut)
+    if facts.topic_id is not None:
+        copied = TopicIdentity(name=str(log), topic_id=facts.topic_id, partitions=facts.partitions)
+        copied.refuse_other_rows(rows.bind_log(checkpoint.checkpoint_id, facts.epoch, copied.words))
     until = F.create_map(*(F.lit(x) for pair in cut.items() for x in pair))[F.col("partition")]
     wanted = events.where(F.col("offset") <= until).select(
         *("user_id", "item_id", "action", "event_time_ms", "weight", "partition", "offset"),

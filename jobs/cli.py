@@ -262,6 +262,10 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where to work; replaces an earlier demo.")] = Path("build/demo"),
 ) -> None:
     """Take a real purchase log the whole way, check every part against an independent one, and write a report."""
+    from jobs.logs import configure_logs
+
+    # Before Beam is imported, which logs while it is. Progress is shown; lines are for what goes wrong.
+    configure_logs("warning")
     from jobs.demo import run_demo
 
     run_demo(folder, out)

@@ -62,6 +62,8 @@ def configure_logs(level: str) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [written]
+    # Said by Beam at each import, about clients of Google's cloud that nothing here uses.
+    root.addFilter(lambda record: not record.getMessage().startswith("apitools not found"))
     root.setLevel(level.upper())
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)

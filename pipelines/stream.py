@@ -182,6 +182,8 @@ def resolve(plan: StreamPlan, checkpoint_id: str) -> DeltaSource | KafkaSource:
     if plan.kafka is not None:
         topic = open_topic(plan.kafka)
         chosen = slices(topic, topic_positions(topic, committed, backfill, plan.start), plan.partitions, plan.until)
+        # Last, so that a start which is refused for another reason names no log.
+        topic.identity.refuse_other_rows(rows.bind_log(checkpoint_id, topic.epoch, topic.identity.words))
         ledger = Ledger(store=plan.store, checkpoint_id=checkpoint_id, epoch=topic.epoch)
         return KafkaSource.of(topic, chosen, ledger, plan.batch_size)
     log = open_log(plan.log_path)
