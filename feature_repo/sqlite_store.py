@@ -113,10 +113,14 @@ class SqliteRows:
             connection.executemany(COMMIT_POSITION, values)
 
     def bind_log(self, checkpoint_id: str, epoch: int, log: str) -> str:
-        with self._durable_transaction() as connection:
-            connection.execute("INSERT OR IGNORE INTO logs VALUES (?, ?, ?)", (checkpoint_id, epoch, log))
-            query = "SELECT log FROM logs WHERE checkpoint_id = ? AND epoch = ?"
-            return connection.execute(query, (checkpoint_id, epoch)).fetchone()[0]
+        query, place = "SELECT log FROM logs WHERE checkpoint_id = ? AND epoch = ?", (checkpoint_id, epoch)
+        with self._transaction("BEGIN") as connection:
+            row = connection.execute(query, place).fetchone()
+        if row is None:
+            with self._durable_transaction() as connection:
+                connection.execute("INSERT OR IGNORE INTO logs VALUES (?, ?, ?)", (*place, log))
+                row = connection.execute(query, place).fetchone()
+        return row[0]
 
     def backfill(self, checkpoint_id: str) -> Backfill | None:
         query = "SELECT record FROM backfills WHERE checkpoint_id = ?"

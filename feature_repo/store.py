@@ -17,6 +17,7 @@ from typing import Protocol
 
 import msgspec
 
+from models.errors import StoreError
 from models.row import Row, RowBytes, encode_row
 from models.wire import Stamp, encode_recents
 
@@ -108,6 +109,20 @@ class RowStore(Protocol):
     def remove(self) -> None:
         """Erase the store: every checkpoint's rows, positions and records."""
         ...
+
+
+def bind_topic(rows: RowStore, checkpoint_id: str, epoch: int, topic_id: str, partitions: int) -> None:
+    """Make rows of this epoch from this Kafka topic, and from no other: one created again holds other records.
+
+    Raises StoreError when they are made from another already.
+    """
+    named = f"the Kafka topic of id {topic_id} and {partitions} partitions"
+    bound = rows.bind_log(checkpoint_id, epoch, named)
+    if bound != named:
+        raise StoreError(
+            f"the rows of epoch {epoch} are made from {bound}, and this is {named}; it was created again or "
+            "re-partitioned: raise the epoch, ingest it and run vql backfill"
+        )
 
 
 def whole_put(user_id: str, row: Row) -> RowPut:

@@ -17,7 +17,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from feature_repo.handle import StoreHandle
-from feature_repo.store import Backfill, RowPut, whole_put
+from feature_repo.store import Backfill, RowPut, bind_topic, whole_put
 from jobs.event_log import LogFacts, log_facts, read_records
 from jobs.spark import errors_of_workers
 from models.checkpoint import Checkpoint, open_checkpoint
@@ -25,7 +25,6 @@ from models.errors import InputError, StoreError
 from models.event import runs
 from models.row import Row, advance, new_row
 from models.wire import pack_recent
-from pipelines.kafka_topic import TopicIdentity
 
 PUT_CHUNK = 500
 DONE = "users long, events long, newer long"
@@ -45,8 +44,7 @@ def backfill(
     revision = _next_revision(rows.backfill(checkpoint.checkpoint_id), facts)
     cut = _resolve_cut(events, cut)
     if facts.topic_id is not None:
-        copied = TopicIdentity(name=str(log), topic_id=facts.topic_id, partitions=facts.partitions)
-        copied.refuse_other_rows(rows.bind_log(checkpoint.checkpoint_id, facts.epoch, copied.words))
+        bind_topic(rows, checkpoint.checkpoint_id, facts.epoch, facts.topic_id, facts.partitions)
     until = F.create_map(*(F.lit(x) for pair in cut.items() for x in pair))[F.col("partition")]
     wanted = events.where(F.col("offset") <= until).select(
         *("user_id", "item_id", "action", "event_time_ms", "weight", "partition", "offset"),

@@ -35,19 +35,6 @@ class TopicIdentity:
     topic_id: str
     partitions: int
 
-    @property
-    def words(self) -> str:
-        """How the row store knows it."""
-        return f"Kafka topic of id {self.topic_id} and {self.partitions} partitions"
-
-    def refuse_other_rows(self, log: str) -> None:
-        """Raises StoreError when the rows are made from another log than this topic."""
-        if log != self.words:
-            raise StoreError(
-                f"the rows are made from the {log}, but topic {self.name} is the {self.words}; it was created again or "
-                "re-partitioned: raise the epoch, ingest it and run vql backfill"
-            )
-
     def refuse_another(self, found: TopicIdentity) -> None:
         """Raises StoreError when the topic of this name is not the one that the rows were made from."""
         if found != self:

@@ -476,7 +476,7 @@ def test_a_topic_with_more_partitions_than_it_had_is_refused(broker: Broker, pla
     broker.admin().create_partitions([NewPartitions(topic, 3)])[topic].result(START_WAIT_S)
     _wait(lambda: len(open_topic(plan.kafka).ends) == 3)
 
-    with pytest.raises(StoreError, match=r"and 2 partitions, but topic .* and 3 partitions.*raise the epoch"):
+    with pytest.raises(StoreError, match=r"and 2 partitions, and this is .* and 3 partitions.*raise the epoch"):
         run(replace(plan, start="earliest"))
 
 
