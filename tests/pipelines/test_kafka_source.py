@@ -472,8 +472,8 @@ def test_a_topic_created_again_while_no_stream_runs_is_refused_however_long_it_g
 def test_a_topic_with_more_partitions_than_it_had_is_refused(broker: Broker, plan: StreamPlan) -> None:
     produce(broker, plan, random_events(100, users=30))
     run(plan)
-    topic = plan.kafka.topic
-    broker.admin().create_partitions([NewPartitions(topic, 3)])[topic].result(START_WAIT_S)
+    topic, admin = plan.kafka.topic, broker.admin()
+    admin.create_partitions([NewPartitions(topic, 3)])[topic].result(START_WAIT_S)
     _wait(lambda: len(open_topic(plan.kafka).ends) == 3)
 
     with pytest.raises(StoreError, match=r"and 2 partitions, and this is .* and 3 partitions.*raise the epoch"):
