@@ -17,7 +17,7 @@ from models.errors import InputError
 
 LEVELS = ("debug", "info", "warning", "error")
 # Libraries that tell at INFO how they work inside.
-_TALKATIVE = ("apache_beam", "py4j", "urllib3")
+_TALKATIVE = ("apache_beam", "feast", "py4j", "urllib3")
 
 
 class _StandardError(logging.StreamHandler):
