@@ -18,7 +18,6 @@ import structlog
 from apache_beam.io.unbounded_source import ReadFromUnboundedSource, UnboundedSource
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
-from apache_beam.runners.worker.statesampler import StateSampler
 
 from feature_repo.store import bind_topic
 from models.checkpoint import open_checkpoint
@@ -30,6 +29,7 @@ from pipelines.drain import drained_by_signals
 from pipelines.encode import EncodeEvents
 from pipelines.health import Health
 from pipelines.held_letters import HELD_S
+from pipelines.in_process import IN_PROCESS, prepare_runner
 from pipelines.kafka_source import KafkaSource
 from pipelines.kafka_topic import KafkaLog, Start, open_topic, topic_positions
 from pipelines.keep_dead_letters import KeepDeadLetters, LetterKeeper
@@ -42,10 +42,6 @@ from pipelines.row_cache import ROW_CACHE_BYTES
 from pipelines.update import UpdateRows
 from pipelines.watch import UNWATCHED, Watch, watched
 from pipelines.worker import CheckpointRef, RowsHandle, forget_opened, opened_rows
-
-# How often Beam looks which step is at work. It waits for its next look at the end of each bundle: 200 ms by default.
-SAMPLING_MS = 5
-IN_PROCESS = ("--runner=apache_beam.runners.portability.fn_api_runner.FnApiRunner", "--streaming")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -155,8 +151,7 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS, watch: Watc
     in_process = not any(each.startswith("--runner=") and each not in IN_PROCESS for each in pipeline_args)
     if not in_process:
         log.warning("figures are empty", reason="the runner's workers are other processes: look at the runner's own")
-    # No option of Beam's says it. In workers of other processes it stays as it is.
-    StateSampler.__init__.__defaults__ = (SAMPLING_MS,)
+    prepare_runner()
     metrics = process_metrics()
     metrics.begin({part.partition: part.after_offset for part in source.slices})
     started_s = time.monotonic()

@@ -29,6 +29,7 @@ MODULES_OF_A_STREAM = (
     "deltalake",
     "feature_repo.redis_store",
     "pipelines.stream",
+    "tests.faults.full_batches",
     "tests.faults.redelivery",
 )
 
@@ -37,6 +38,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """A stream over a topic into a Redis, from its committed positions to the topic's end as of its start.
 
     copies_max: how often a batch is delivered at most (see tests.faults.redelivery); 0: as the source has it.
+    full_batches: as tests.faults.full_batches says.
     """
 
     bootstrap_servers: str
@@ -48,6 +50,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     batch_size: int = 10_000
     bundle_s: float = 2.0
     copies_max: int = 0
+    full_batches: bool = False
     seed: int = 0
 
 
@@ -233,11 +236,14 @@ def _stream(job: Job) -> int:
     from feature_repo.handle import StoreHandle
     from feature_repo.redis_settings import RedisSettings
     from models.errors import VqlError
-    from pipelines import stream
+    from pipelines import kafka_source, stream
     from pipelines.kafka_settings import kafka_settings
     from pipelines.kafka_topic import KafkaLog
+    from tests.faults.full_batches import FullBatches
     from tests.faults.redelivery import RedeliveredRecords
 
+    if job.full_batches:
+        kafka_source.Consumer = FullBatches
     if job.copies_max:
         stream.ParseRecords = partial(RedeliveredRecords, job.copies_max, job.seed)
     folder = Path(job.folder)

@@ -65,7 +65,9 @@ class Scene:
 
     def committed(self, rows: RedisRows) -> dict[int, int]:
         """The offset that is committed of each partition."""
-        return {partition: at for partition, (_, at) in rows.positions(self.checkpoint.checkpoint_id).items()}
+        return {
+            partition: at for partition, (_, at) in rows.positions(self.checkpoint.checkpoint_id).items() if at >= 0
+        }
 
 
 def require_done(ended: Ended) -> Ended:

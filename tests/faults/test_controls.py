@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from tests.faults.proxy import running_proxy
 from tests.faults.reference import Differences
-from tests.faults.runner import REPOSITORY, Streams, running_streams
+from tests.faults.runner import REPOSITORY, Job, Streams, running_streams
 from tests.faults.scene import Scene, require_done, wait_until
 from tests.redis_server import MEMORY_ONLY, PERSISTENT, RedisServer, running_redis
 
@@ -38,11 +38,15 @@ class Stage:
     store: RedisServer
     folder: Path
 
+    def job(self, url: str) -> Job:
+        """Over the scene's topic, in whole batches: with a first one of a few records most scenarios would be none."""
+        return replace(self.scene.job(url, self.folder), full_batches=True)
+
 
 def run_to_the_end(stage: Stage) -> Differences:
     rows = stage.scene.begin(stage.store)
 
-    stage.streams.run(stage.scene.job(stage.store.url, stage.folder))
+    stage.streams.run(stage.job(stage.store.url))
 
     return stage.scene.compare(rows)
 
@@ -50,7 +54,7 @@ def run_to_the_end(stage: Stage) -> Differences:
 def kill_between_put_and_commit(stage: Stage) -> Differences:
     """Then the records come again, cut into larger batches."""
     scene, rows = stage.scene, stage.scene.begin(stage.store)
-    job = replace(scene.job(stage.store.url, stage.folder), batch_size=1_000, bundle_s=600.0)
+    job = replace(stage.job(stage.store.url), batch_size=1_000, bundle_s=600.0)
 
     running = stage.streams.start(job)
     wait_until(lambda: rows.count_rows(scene.checkpoint.checkpoint_id) > 0)
@@ -63,7 +67,7 @@ def kill_between_put_and_commit(stage: Stage) -> Differences:
 
 def kill_at_the_first_commit(stage: Stage) -> Differences:
     scene, rows = stage.scene, stage.scene.begin(stage.store)
-    job = replace(scene.job(stage.store.url, stage.folder), bundle_s=0.1)
+    job = replace(stage.job(stage.store.url), bundle_s=0.1)
 
     running = stage.streams.start(job)
     wait_until(lambda: scene.committed(rows) != {}, interval_s=0.0)
@@ -76,7 +80,7 @@ def kill_at_the_first_commit(stage: Stage) -> Differences:
 def deliver_batches_that_overlap(stage: Stage) -> Differences:
     rows = stage.scene.begin(stage.store)
 
-    stage.streams.run(replace(stage.scene.job(stage.store.url, stage.folder), copies_max=1))
+    stage.streams.run(replace(stage.job(stage.store.url), copies_max=1))
 
     return stage.scene.compare(rows)
 
@@ -87,9 +91,9 @@ def put_late_what_another_process_has_put(stage: Stage) -> Differences:
 
     with running_proxy(store.port) as proxy, store.client() as client:
         proxy.hold_at = b"HMGET"
-        stalled = stage.streams.start(replace(scene.job(proxy.url, stage.folder), redis_timeout_s=120.0))
+        stalled = stage.streams.start(replace(stage.job(proxy.url), redis_timeout_s=120.0))
         assert proxy.held.wait(60.0)
-        require_done(stage.streams.run(scene.job(store.url, stage.folder)))
+        require_done(stage.streams.run(stage.job(store.url)))
         scripts = client.info("commandstats")["cmdstat_evalsha"]["calls"]
         proxy.release()
         wait_until(lambda: client.info("commandstats")["cmdstat_evalsha"]["calls"] > scripts + 20)
@@ -104,9 +108,9 @@ def refuse_a_put_of_which_half_is_new(stage: Stage) -> Differences:
 
     with running_proxy(store.port) as proxy:
         proxy.hold_at = b"HMGET"
-        stalled = stage.streams.start(replace(scene.job(proxy.url, stage.folder), redis_timeout_s=120.0))
+        stalled = stage.streams.start(replace(stage.job(proxy.url), redis_timeout_s=120.0))
         assert proxy.held.wait(60.0)
-        other = stage.streams.start(replace(scene.job(store.url, stage.folder), batch_size=1_000, bundle_s=600.0))
+        other = stage.streams.start(replace(stage.job(store.url), batch_size=1_000, bundle_s=600.0))
         wait_until(lambda: rows.count_rows(scene.checkpoint.checkpoint_id) > 0)
         other.kill()
         proxy.release()
@@ -120,9 +124,7 @@ def take_the_store_away(stage: Stage) -> Differences:
     """For longer than a single call waits; what was acknowledged is on its disk."""
     scene, store, rows = stage.scene, stage.store, stage.scene.begin(stage.store)
 
-    running = stage.streams.start(
-        replace(scene.job(store.url, stage.folder), batch_size=1_000, bundle_s=0.1, redis_timeout_s=0.5)
-    )
+    running = stage.streams.start(replace(stage.job(store.url), batch_size=1_000, bundle_s=0.1, redis_timeout_s=0.5))
     wait_until(lambda: scene.committed(rows) != {})
     store.kill()
     time.sleep(AWAY_S)
@@ -139,7 +141,7 @@ def set_the_store_back(stage: Stage) -> Differences:
 
     with running_proxy(store.port) as proxy, store.client() as client:
         proxy.late_s = (0.05, 0.05)
-        job = replace(scene.job(proxy.url, stage.folder), batch_size=2_000, bundle_s=0.5)
+        job = replace(stage.job(proxy.url), batch_size=2_000, bundle_s=0.5)
         running = stage.streams.start(job)
         wait_until(lambda: len(scene.committed(rows)) > 0)
         client.save()

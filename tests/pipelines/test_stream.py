@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from apache_beam.metrics.monitoring_infos import consolidate
 
 from feature_repo.handle import StoreHandle
 from feature_repo.sqlite_store import SqliteRows
@@ -25,6 +26,7 @@ from models.event import Event
 from models.item_table import UNKNOWN
 from models.row import whole_cache
 from models.wire import Stamp
+from pipelines import in_process
 from pipelines.dead_letters import read_dead_letters
 from pipelines.delta_source import open_log
 from pipelines.stream import StreamPlan, StreamReport, run
@@ -373,3 +375,18 @@ def _start(plan: StreamPlan) -> subprocess.Popen:
         f"until={plan.until!r}, batch_size={plan.batch_size}, bundle_s={plan.bundle_s}, poll_s={plan.poll_s}))"
     )
     return subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, env={**os.environ, "PYTHONPATH": ""})
+
+
+def test_a_stream_of_thousands_of_bundles_ends_well_and_counts_each(
+    plan: StreamPlan, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's limit of recursion is a thousand calls; the negative control shows that Beam's own way meets it."""
+    events = events_in_log(plan, 2_400)
+    many = replace(plan, batch_size=1, bundle_s=1e-6)
+
+    assert run(many).events_folded == 2_400
+
+    assert_complete(plan, checkpoint, events)
+    monkeypatch.setattr(in_process, "_consolidated", consolidate)
+    with pytest.raises(RecursionError):
+        run(replace(many, start="earliest"))
