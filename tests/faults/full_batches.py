@@ -1,4 +1,4 @@
-"""A consumer that waits for whole batches, so that what a fault meets does not hang on how far the client had fetched."""
+"""A consumer that waits for whole batches, so that what a fault meets does not hang on how much was fetched."""
 
 from __future__ import annotations
 
