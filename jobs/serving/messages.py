@@ -115,9 +115,12 @@ def sentence(error: RequestValidationError) -> str:
     """The first thing that is wrong with a request, and where. ASCII, whatever was sent."""
     first = error.errors()[0]
     place, *inside = first["loc"]
-    where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inside).lstrip(".")
     if first["type"] == "json_invalid":
-        where = f"the body is not JSON (at character {where.strip('[]')})"
-    message = first["msg"].removeprefix("Value error, ")
-    text = f"{where or place}: {message[:1].lower()}{message[1:]}"
+        text = f"the body is not JSON at character {inside[0]}: {first['ctx']['error']}"
+    elif not inside and first["type"] == "model_attributes_type":
+        text = "the body is no JSON object; send one, as application/json"
+    else:
+        where = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in inside).lstrip(".")
+        message = first["msg"].removeprefix("Value error, ")
+        text = f"{where or place}: {message[:1].lower()}{message[1:]}"
     return text.encode("ascii", "backslashreplace").decode()[:_SHOWN_MAX]

@@ -11,6 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -54,18 +55,14 @@ class ServePlan:
 
 def run_server(plan: ServePlan) -> None:
     """Serve until a signal. Raises InputError for an address in use, CheckpointError without a first checkpoint."""
-    rows = plan.store.open()
-    live = LiveScorer(plan.checkpoint_path, _loader(rows, plan.placement), rows.count_rows)
-    batcher = Batcher(lambda asked: live.scorer.score(asked), plan.rules)
-    serving = Serving(live=live, batcher=batcher, metrics=ServeMetrics())
-    listener = _listen(plan.host, plan.port)
-    host, port = listener.getsockname()[:2]
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    log = structlog.get_logger()
-    log.info("serving", host=host, port=port, checkpoint_id=live.scorer.checkpoint_id)
-    _Server(serving, plan).run(sockets=[listener])
-    rows.close()
-    log.info("server ended")
+    with _bound(plan.host, plan.port) as bound, closing(plan.store.open()) as rows:
+        live = LiveScorer(plan.checkpoint_path, _loader(rows, plan.placement), rows.count_rows)
+        batcher = Batcher(lambda asked: live.scorer.score(asked), plan.rules)
+        serving = Serving(live=live, batcher=batcher, metrics=ServeMetrics())
+        server = _Server(serving, plan)
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        server.run(sockets=[bound])
+    structlog.get_logger().info("server ended")
 
 
 def _loader(rows: RowStore, placement: Placement) -> Callable[[Path], Scorer]:
@@ -89,12 +86,16 @@ def _warm_up(scorer: Scorer, fold: Fold) -> None:
         scorer.score([Asked(user_id="", item_ids=[""] * candidates, now_ms=0)] * 2)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _bound(host: str, port: int) -> socket.socket:
+    """The address, taken; nobody can connect before the server listens."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=1024)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
     except (OSError, OverflowError) as error:
+        bound.close()
         raise InputError(f"cannot listen at {host}:{port}: {error}; name a free port, or 0") from error
+    return bound
 
 
 class _Server(uvicorn.Server):
@@ -112,6 +113,13 @@ class _Server(uvicorn.Server):
                 timeout_graceful_shutdown=plan.drain_s,  # type: ignore[arg-type]
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or []:
+            host, port = each.getsockname()[:2]
+            checkpoint_id = self._serving.live.scorer.checkpoint_id
+            structlog.get_logger().info("serving", host=host, port=port, checkpoint_id=checkpoint_id)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._end_s is not None:

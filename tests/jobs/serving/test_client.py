@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ def test_it_asks_again_on_one_connection_and_tells_a_refusal(server: Server, che
     with pytest.raises(RuntimeError, match=r"^422: users: list should have at least 1 item"):
         client.rank({})
     assert client.rank({"u0": ["i1", "i2"], "u1": ["i3"]}, NOW_MS)["users"] == first["users"]
-    client._connection.sock.close()
+    client._connection.sock.shutdown(socket.SHUT_RDWR)
     assert client.rank({"u0": ["i1", "i2"], "u1": ["i3"]}, NOW_MS)["users"] == first["users"]
     client.close()
 

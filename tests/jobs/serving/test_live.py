@@ -5,15 +5,18 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from feature_repo.handle import StoreHandle
 from feature_repo.reader import Reader
+from jobs.encode_items import encode_table
 from jobs.scoring import Scorer, load_scorer
 from jobs.serving.live import LiveScorer, version_of
 from models.checkpoint import open_checkpoint
 from models.errors import CheckpointError
-from tests.small import write_items
+from models.item_table import append_segments
 from tests.small_ranker import scoring_checkpoint
 
 
@@ -76,9 +79,9 @@ def test_it_swaps_only_when_the_name_or_what_it_names_has_changed(tmp_path: Path
 def test_an_item_table_that_has_grown_is_seen(tmp_path: Path, names, load):
     live = LiveScorer(tmp_path / "first", load, some_rows)
     items = len(live.scorer.table)
-    write_items(open_checkpoint(tmp_path / "first"), ["fresh"], "items-00001.parquet")
-    with pytest.raises(IndexError):
-        live.scorer.table.feature_MF[items]
+    segment = tmp_path / "first" / "items" / "more.parquet"
+    pq.write_table(encode_table(live.scorer.ranker, ["fresh"], np.array([[0, 1]])), segment)
+    append_segments(segment.parent, names["first"], [segment])
     assert live.look()
     assert live.scorer.table.lookup(["fresh"]).tolist() == [items]
     assert live.scorer.checkpoint_id == names["first"]

@@ -80,8 +80,8 @@ def test_while_redis_is_away_answers_go_on_flagged(tmp_path: Path, state: Path) 
         rows.close()
         with serving(checkpoint.path, state, redis_url=redis.url) as server, load(server, bodies()) as seen:
             wait_until(lambda: len(seen.answers) > 50)
-            redis.kill()
             killed = len(seen.answers)
+            redis.kill()
             wait_until(lambda: len(seen.answers) > killed + 200)
             assert server.get("/healthz")[0] == 200
             redis.start()
