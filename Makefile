@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/vql demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not faults"
+	$(BIN)/python -m pytest -m "not faults" -n 2 --dist worksteal
 
 faults: .venv/ready
 	$(BIN)/python -m pytest -m faults tests/faults

@@ -104,7 +104,7 @@ class RedisRows:
 
     def delete_checkpoint(self, checkpoint_id: str) -> int:
         opened, rows = self._open(), 0
-        opened.ask([("DEL", _backfill_key(checkpoint_id), _positions_key(checkpoint_id))])
+        opened.ask([("DEL", _backfill_key(checkpoint_id), _positions_key(checkpoint_id), _logs_key(checkpoint_id))])
         for index, prefix in _shards(checkpoint_id):
             users = 1
             while users:
@@ -115,6 +115,13 @@ class RedisRows:
                 time.sleep(time.monotonic() - started_s if users else 0)
         opened.ask([("SREM", CHECKPOINTS, checkpoint_id)])
         return rows
+
+    def bind_log(self, checkpoint_id: str, epoch: int, log: str) -> str:
+        key = _logs_key(checkpoint_id)
+        _, _, named = self._open_to_write().ask(
+            [("SADD", CHECKPOINTS, checkpoint_id), ("HSETNX", key, epoch, log), ("HGET", key, epoch)]
+        )
+        return named.decode()
 
     # The next two are what a writer asks first: from then on it must notice a loss.
     def positions(self, checkpoint_id: str) -> dict[int, tuple[int, int]]:
@@ -259,6 +266,10 @@ def _shards(checkpoint_id: str) -> list[tuple[bytes, bytes]]:
 
 def _positions_key(checkpoint_id: str) -> bytes:
     return f"vql:{{meta}}:positions:{checkpoint_id}".encode()
+
+
+def _logs_key(checkpoint_id: str) -> bytes:
+    return f"vql:{{meta}}:logs:{checkpoint_id}".encode()
 
 
 def _backfill_key(checkpoint_id: str) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # Raised with every change of the schema: a file of another version is refused.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # The user comes first in the key: rows of one user are together, which makes erasing one user a short walk.
 SCHEMA = """
@@ -15,6 +15,8 @@ CREATE TABLE rows (
 CREATE TABLE positions (
     checkpoint_id TEXT NOT NULL, partition INTEGER NOT NULL, epoch INTEGER NOT NULL, "offset" INTEGER NOT NULL,
     PRIMARY KEY (checkpoint_id, partition));
+CREATE TABLE logs (
+    checkpoint_id TEXT NOT NULL, epoch INTEGER NOT NULL, log TEXT NOT NULL, PRIMARY KEY (checkpoint_id, epoch));
 CREATE TABLE backfills (checkpoint_id TEXT NOT NULL PRIMARY KEY, record TEXT NOT NULL);
 """
 

@@ -99,6 +99,7 @@ class SqliteRows:
         with self._durable_transaction() as connection:
             connection.execute("DELETE FROM backfills WHERE checkpoint_id = ?", (checkpoint_id,))
             connection.execute("DELETE FROM positions WHERE checkpoint_id = ?", (checkpoint_id,))
+            connection.execute("DELETE FROM logs WHERE checkpoint_id = ?", (checkpoint_id,))
             return connection.execute("DELETE FROM rows WHERE checkpoint_id = ?", (checkpoint_id,)).rowcount
 
     def positions(self, checkpoint_id: str) -> dict[int, tuple[int, int]]:
@@ -110,6 +111,16 @@ class SqliteRows:
         with self._durable_transaction() as connection:
             values = [(checkpoint_id, partition, epoch, offset) for partition, offset in offsets.items()]
             connection.executemany(COMMIT_POSITION, values)
+
+    def bind_log(self, checkpoint_id: str, epoch: int, log: str) -> str:
+        query, place = "SELECT log FROM logs WHERE checkpoint_id = ? AND epoch = ?", (checkpoint_id, epoch)
+        with self._transaction("BEGIN") as connection:
+            row = connection.execute(query, place).fetchone()
+        if row is None:
+            with self._durable_transaction() as connection:
+                connection.execute("INSERT OR IGNORE INTO logs VALUES (?, ?, ?)", (*place, log))
+                row = connection.execute(query, place).fetchone()
+        return row[0]
 
     def backfill(self, checkpoint_id: str) -> Backfill | None:
         query = "SELECT record FROM backfills WHERE checkpoint_id = ?"

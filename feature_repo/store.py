@@ -17,6 +17,7 @@ from typing import Protocol
 
 import msgspec
 
+from models.errors import StoreError
 from models.row import Row, RowBytes, encode_row
 from models.wire import Stamp, encode_recents
 
@@ -82,7 +83,7 @@ class RowStore(Protocol):
         ...
 
     def delete_checkpoint(self, checkpoint_id: str) -> int:
-        """Erase the checkpoint's rows, positions and backfill record; how many rows there were."""
+        """Erase the checkpoint's rows, positions, log and backfill record; how many rows there were."""
         ...
 
     def positions(self, checkpoint_id: str) -> dict[int, tuple[int, int]]:
@@ -91,6 +92,10 @@ class RowStore(Protocol):
 
     def commit_positions(self, checkpoint_id: str, epoch: int, offsets: Mapping[int, int]) -> None:
         """Raise the committed offsets; a lower (epoch, offset) than the stored one is ignored."""
+        ...
+
+    def bind_log(self, checkpoint_id: str, epoch: int, log: str) -> str:
+        """The log that the checkpoint's rows of this epoch are made from: this one, if none was named yet."""
         ...
 
     def backfill(self, checkpoint_id: str) -> Backfill | None: ...
@@ -104,6 +109,20 @@ class RowStore(Protocol):
     def remove(self) -> None:
         """Erase the store: every checkpoint's rows, positions and records."""
         ...
+
+
+def bind_topic(rows: RowStore, checkpoint_id: str, epoch: int, topic_id: str, partitions: int) -> None:
+    """Make rows of this epoch from this Kafka topic, and from no other: one created again holds other records.
+
+    Raises StoreError when they are made from another already.
+    """
+    named = f"the Kafka topic of id {topic_id} and {partitions} partitions"
+    bound = rows.bind_log(checkpoint_id, epoch, named)
+    if bound != named:
+        raise StoreError(
+            f"the rows of epoch {epoch} are made from {bound}, and this is {named}; it was created again or "
+            "re-partitioned: raise the epoch, ingest it and run vql backfill"
+        )
 
 
 def whole_put(user_id: str, row: Row) -> RowPut:

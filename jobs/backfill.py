@@ -17,7 +17,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from feature_repo.handle import StoreHandle
-from feature_repo.store import Backfill, RowPut, whole_put
+from feature_repo.store import Backfill, RowPut, bind_topic, whole_put
 from jobs.event_log import LogFacts, log_facts, read_records
 from jobs.spark import errors_of_workers
 from models.checkpoint import Checkpoint, open_checkpoint
@@ -43,6 +43,8 @@ def backfill(
     rows = store.open()
     revision = _next_revision(rows.backfill(checkpoint.checkpoint_id), facts)
     cut = _resolve_cut(events, cut)
+    if facts.topic_id is not None:
+        bind_topic(rows, checkpoint.checkpoint_id, facts.epoch, facts.topic_id, facts.partitions)
     until = F.create_map(*(F.lit(x) for pair in cut.items() for x in pair))[F.col("partition")]
     wanted = events.where(F.col("offset") <= until).select(
         *("user_id", "item_id", "action", "event_time_ms", "weight", "partition", "offset"),

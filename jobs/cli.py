@@ -105,7 +105,7 @@ def ingest(
         taken = ingest_from_kafka(
             topic_source(topic, epoch, batch_records, round(max_future * 1000)), log, continuous, master
         )
-        out.print(f"{taken.records:,} records read: {taken.events:,} appended, {taken.quarantined:,} quarantined")
+        say(f"{taken.records:,} records read: {taken.events:,} appended, {taken.quarantined:,} quarantined")
         return
     if source is None or topic is not None or continuous:
         raise InputError("--from files reads a file: give --input, and neither --topic nor --continuous")
@@ -115,7 +115,7 @@ def ingest(
 
     chosen = EventSource(path=source, format=format_, columns=pairs(column), where=where)
     report = run(open_spark(master), chosen, log, NewLog(partitions=partitions, epoch=epoch))
-    out.print(
+    say(
         f"{report.read:,} rows read: {report.appended:,} events appended, {report.already:,} already in the log, "
         f"{report.quarantined:,} quarantined"
     )
@@ -133,7 +133,7 @@ def ingest_items(
     from jobs.ingest import ingest_items as run
     from jobs.spark import open_spark
 
-    out.print(f"{run(open_spark(master), source, format_, pairs(column), log):,} items")
+    say(f"{run(open_spark(master), source, format_, pairs(column), log):,} items")
 
 
 @app.command()
@@ -179,7 +179,7 @@ def train(
     check_job(job, checkpoint)
     made = run_training(open_spark(master), job, work, checkpoint, processes)
     loss = made.manifest.metrics["train_loss"]
-    out.print(f"checkpoint {made.checkpoint_id} in {checkpoint}, training loss {loss:.4f}")
+    say(f"checkpoint {made.checkpoint_id} in {checkpoint}, training loss {loss:.4f}")
 
 
 @app.command("encode-items")
@@ -195,7 +195,7 @@ def encode_items(
 
     opened = open_checkpoint(checkpoint)
     added, total = run(open_spark(master), opened, log)
-    out.print(f"{added:,} items added; the table holds {total:,}")
+    say(f"{added:,} items added; the table holds {total:,}")
 
 
 @app.command()
@@ -218,7 +218,7 @@ def backfill(
     opened, until = open_checkpoint(checkpoint), None if cut is None else offsets("--cut", cut)
     register(open_repo(state), opened.checkpoint_id)
     done = run(open_spark(master), opened, log, StoreHandle(state=state), until)
-    out.print(
+    say(
         f"{done.users:,} rows with {done.events:,} events, complete up to {done.cut}, revision {done.revision}; "
         f"{done.newer:,} were there already, as new or newer"
     )
@@ -257,7 +257,7 @@ def setup() -> None:
     from jobs.jars import cache_folder, delta_jars, kafka_source_jars, require_java
 
     java, delta, kafka = require_java(), delta_jars(), kafka_source_jars()
-    out.print(f"Java: {java}; {len(delta)} Delta jars and {len(kafka)} Kafka jars in {cache_folder()}", soft_wrap=True)
+    say(f"Java: {java}; {len(delta)} Delta jars and {len(kafka)} Kafka jars in {cache_folder()}")
 
 
 @app.command()
@@ -265,6 +265,10 @@ def demo(
     folder: Annotated[Path, typer.Option(help="Where to work; replaces an earlier demo.")] = Path("build/demo"),
 ) -> None:
     """Take a real purchase log the whole way, check every part against an independent one, and write a report."""
+    from jobs.logs import configure_logs
+
+    # Before Beam is imported, which logs while it is. Progress is shown; lines are for what goes wrong.
+    configure_logs("warning")
     from jobs.demo import run_demo
 
     run_demo(folder, out)
@@ -283,6 +287,11 @@ def main() -> None:
         foreseen = isinstance(shown, VqlError)
         err.print(str(shown) if foreseen else f"{first} (--debug shows more)", markup=False, soft_wrap=True)
         sys.exit(shown.exit_code if foreseen else 1)
+
+
+def say(line: str) -> None:
+    """A command's answer, on one line however long: a path that is cut in two cannot be copied."""
+    out.print(line, soft_wrap=True)
 
 
 def _sizes(make, **numbers):

@@ -17,7 +17,7 @@ from models.errors import InputError
 
 LEVELS = ("debug", "info", "warning", "error")
 # Libraries that tell at INFO how they work inside.
-_TALKATIVE = ("apache_beam", "py4j", "urllib3")
+_TALKATIVE = ("apache_beam", "feast", "py4j", "urllib3")
 
 
 class _StandardError(logging.StreamHandler):
@@ -62,6 +62,8 @@ def configure_logs(level: str) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [written]
+    # Said by Beam at each import, about clients of Google's cloud that nothing here uses.
+    root.addFilter(lambda record: not record.getMessage().startswith("apitools not found"))
     root.setLevel(level.upper())
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)

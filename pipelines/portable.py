@@ -26,7 +26,8 @@ STOP_POLL_S = 0.2
 READ_WAIT_S = 10.0
 _OURS = re.compile(r"^models\.errors\.(\w+): (.*?)(?: \[while running '[^']*'\])?$", re.MULTILINE)
 _IMPORT = re.compile(r"^(?:ModuleNotFoundError|ImportError): (.*?)(?: \[while running '[^']*'\])?$", re.MULTILINE)
-_WORKER_GONE = "SDK worker disconnected"
+# What Prism says of a worker that disconnects; the second, when it does while a bundle is handed to it.
+_WORKER_GONE = ("SDK worker disconnected", "send on closed channel")
 # Beam's thread for the messages of a job; it may outlive the wait for the job by a moment.
 _READING = "wait_until_finish_read"
 
@@ -64,7 +65,7 @@ def worker_error(text: str) -> VqlError:
         return kinds[name](words)
     if missing := _IMPORT.findall(text):
         return MachineError(f"the workers cannot import what they run ({missing[-1]}): install vql there as here")
-    if _WORKER_GONE in text:
+    if any(words in text for words in _WORKER_GONE):
         return MachineError(
             "a worker ended in the middle of its work (killed, or out of memory?); start again, the rows are sound"
         )

@@ -20,6 +20,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
 from apache_beam.runners.worker.statesampler import StateSampler
 
+from feature_repo.store import bind_topic
 from models.checkpoint import open_checkpoint
 from models.errors import InputError, StoreError
 from models.event import FUTURE_MS_MAX
@@ -182,6 +183,8 @@ def resolve(plan: StreamPlan, checkpoint_id: str) -> DeltaSource | KafkaSource:
     if plan.kafka is not None:
         topic = open_topic(plan.kafka)
         chosen = slices(topic, topic_positions(topic, committed, backfill, plan.start), plan.partitions, plan.until)
+        # Last, so that a start which is refused for another reason names no log.
+        bind_topic(rows, checkpoint_id, topic.epoch, topic.identity.topic_id, topic.identity.partitions)
         ledger = Ledger(store=plan.store, checkpoint_id=checkpoint_id, epoch=topic.epoch)
         return KafkaSource.of(topic, chosen, ledger, plan.batch_size)
     log = open_log(plan.log_path)

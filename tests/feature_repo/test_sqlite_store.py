@@ -17,6 +17,7 @@ import pytest
 from msgspec.structs import replace
 
 from feature_repo import sqlite_store
+from feature_repo.sqlite_statements import SCHEMA_VERSION
 from feature_repo.sqlite_store import SqliteRows
 from models.errors import InputError, MachineError, StoreError, UnavailableError
 from tests.feature_repo.subjects import A, bytes_of, get, stamp, whole
@@ -167,8 +168,8 @@ def test_a_damaged_file_is_named_with_the_remedy(path):
 def test_a_file_of_a_later_version_is_refused(path):
     rows = SqliteRows(path)
     rows.positions(A)
-    rows._idle[0].execute("PRAGMA user_version = 3")
-    with pytest.raises(StoreError, match="has schema 3, this program knows 2"):
+    rows._idle[0].execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    with pytest.raises(StoreError, match=f"has schema {SCHEMA_VERSION + 1}, this program knows {SCHEMA_VERSION}"):
         SqliteRows(path).positions(A)
 
 

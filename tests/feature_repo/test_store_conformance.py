@@ -56,6 +56,16 @@ def test_a_refused_put_does_not_hold_back_the_others_of_its_batch(store):
     assert get(store, "newer") == bytes_of(whole("newer", stamp(2)))
 
 
+def test_the_first_log_of_an_epoch_is_the_one_that_stays(store):
+    assert store.bind_log(A, 1, "topic one") == "topic one"
+    assert store.bind_log(A, 1, "topic two") == "topic one"
+    assert store.bind_log(A, 2, "topic two") == "topic two"
+    assert store.bind_log(B, 1, "topic two") == "topic two"
+    store.delete_checkpoint(A)
+    assert store.bind_log(A, 1, "topic three") == "topic three"
+    assert store.bind_log(B, 1, "topic three") == "topic two"
+
+
 def test_an_empty_batch_is_no_work(store):
     assert store.put_rows(A, []) == []
     assert store.get_rows(A, []) == []

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import structlog
+
+TALKATIVE = ("apache_beam", "feast", "py4j", "urllib3")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,3 +26,20 @@ def assert_one_line(said: Said, code: int, *words: str) -> None:
     assert "Traceback" not in said.err
     for word in words:
         assert word in said.err
+
+
+@contextmanager
+def logs_put_back() -> Iterator[None]:
+    """What a command does to the logs of its process is undone: the next test's are not its."""
+    root = logging.getLogger()
+    handlers, filters, level = root.handlers[:], root.filters[:], root.level
+    levels = {name: logging.getLogger(name).level for name in TALKATIVE}
+    try:
+        yield
+    finally:
+        root.handlers[:], root.filters[:] = handlers, filters
+        root.setLevel(level)
+        logging.captureWarnings(False)
+        structlog.reset_defaults()
+        for name, before in levels.items():
+            logging.getLogger(name).setLevel(before)

@@ -10,7 +10,7 @@ from uuid import uuid4
 import pytest
 
 from jobs.cli import main
-from tests.jobs.commands import Said
+from tests.jobs.commands import Said, logs_put_back
 from tests.jobs.tiny import Shop, items, purchases, take, tiny_job, write_rows
 from tests.kafka_broker import Broker
 
@@ -53,7 +53,8 @@ def vql(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         monkeypatch.setattr(sys, "argv", ["vql", *map(str, arguments)])
         capsys.readouterr()
         try:
-            main()
+            with logs_put_back():
+                main()
             code = 0
         except SystemExit as exit_:
             code = int(exit_.code or 0)

@@ -20,6 +20,7 @@ import pytest
 from typer.testing import CliRunner
 
 from feature_repo.handle import StoreHandle
+from feature_repo.store import bind_topic
 from jobs.cli import app
 from jobs.cli_stream import share_of
 from models.checkpoint import Checkpoint
@@ -27,6 +28,8 @@ from models.errors import InputError
 from models.event import Event
 from models.row import Row, advance, new_row
 from models.wire import Stamp
+from pipelines.kafka_settings import kafka_settings
+from pipelines.kafka_topic import KafkaLog, open_topic
 from pipelines.positions import Shard
 from tests.kafka_broker import Broker
 from tests.pipelines.small_log import assert_rows_equal, read_rows, recent_of
@@ -190,7 +193,9 @@ def test_sigterm_while_the_store_hangs_gives_up_in_time_and_commits_nothing(
 ) -> None:
     events = random_events(300, users=30)
     places = streamed.produce(events)
-    streamed.store.open().positions(streamed.checkpoint.checkpoint_id)
+    read = open_topic(KafkaLog(kafka=kafka_settings(bootstrap_servers=streamed.broker.address), topic=streamed.topic))
+    of = streamed.checkpoint.checkpoint_id
+    bind_topic(streamed.store.open(), of, 1, read.identity.topic_id, read.identity.partitions)
     lock = sqlite3.connect(streamed.folder / "state" / "online.db", isolation_level=None)
     lock.execute("BEGIN EXCLUSIVE")
     running = start("--from", "earliest", "--drain", "1", "--metrics-port", "0")

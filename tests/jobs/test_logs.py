@@ -15,20 +15,15 @@ import structlog
 
 from jobs.logs import configure_logs
 from models.errors import InputError
+from tests.jobs.commands import logs_put_back
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
 def _put_back() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    logging.captureWarnings(False)
-    structlog.reset_defaults()
-    for name in ("apache_beam", "py4j", "urllib3"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
+    with logs_put_back():
+        yield
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[dict]:

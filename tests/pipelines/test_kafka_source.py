@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from apache_beam.utils.timestamp import MAX_TIMESTAMP, MIN_TIMESTAMP
 from confluent_kafka import ConsumerGroupTopicPartitions, Producer, TopicPartition
+from confluent_kafka.admin import NewPartitions
 from structlog.testing import capture_logs
 
 from feature_repo.handle import StoreHandle
@@ -449,6 +450,34 @@ def test_a_shorter_topic_of_the_same_name_is_refused(broker: Broker, plan: Strea
         run(replace(plan, start="resume"))
     with pytest.raises(StoreError, match=r"of epoch 1, but .* of epoch 2; run vql backfill"):
         run(replace(plan, start="resume", kafka=replace(plan.kafka, epoch=2)))
+
+
+def test_a_topic_created_again_while_no_stream_runs_is_refused_however_long_it_grew(
+    broker: Broker, plan: StreamPlan, checkpoint: Checkpoint
+) -> None:
+    produce(broker, plan, random_events(100, users=30))
+    run(plan)
+    before = rows_of(plan).get_rows(checkpoint.checkpoint_id, USERS)
+    broker.delete_topic(plan.kafka.topic)
+    broker.create_topic(plan.kafka.topic)
+    produce(broker, plan, random_events(400, users=30, seed=1))
+
+    for start in ("resume", "earliest"):
+        with pytest.raises(StoreError, match=r"made from the Kafka topic of id .*raise the epoch"):
+            run(replace(plan, start=start))
+
+    assert rows_of(plan).get_rows(checkpoint.checkpoint_id, USERS) == before
+
+
+def test_a_topic_with_more_partitions_than_it_had_is_refused(broker: Broker, plan: StreamPlan) -> None:
+    produce(broker, plan, random_events(100, users=30))
+    run(plan)
+    topic, admin = plan.kafka.topic, broker.admin()
+    admin.create_partitions([NewPartitions(topic, 3)])[topic].result(START_WAIT_S)
+    _wait(lambda: len(open_topic(plan.kafka).ends) == 3)
+
+    with pytest.raises(StoreError, match=r"and 2 partitions, and this is .* and 3 partitions.*raise the epoch"):
+        run(replace(plan, start="earliest"))
 
 
 def test_what_cannot_be_read_is_said_before_anything_runs(plan: StreamPlan) -> None:

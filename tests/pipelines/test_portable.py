@@ -26,6 +26,8 @@ Traceback (most recent call last):
         ("models.errors.WireError: torn", WireError, "torn"),
         ("models.errors.ForeignRowError: theirs [while running 'Update']", ForeignRowError, "theirs"),
         ("ImportError: no such name", MachineError, "the workers cannot import what they run (no such name)"),
+        ("bundle inst001: SDK worker disconnected", MachineError, "a worker ended in the middle of its work"),
+        ("panic in stage.Execute: send on closed channel", MachineError, "a worker ended in the middle of its work"),
         ("KeyError: 'x' [while running 'Parse']", VqlError, "the job failed: KeyError: 'x'"),
         ("models.errors.NewerError: what", VqlError, "the job failed: models.errors.NewerError: what"),
     ],

@@ -206,7 +206,7 @@ def test_letters_that_cannot_be_kept_stop_the_stream_before_anything_is_committe
     with pytest.raises(StoreError, match="dead letters cannot be written"):
         run(plan)
 
-    assert plan.store.open().positions(checkpoint.checkpoint_id) == {}
+    assert {offset for _, offset in plan.store.open().positions(checkpoint.checkpoint_id).values()} <= {-1}
 
 
 def test_an_empty_log_ends_at_once(plan: StreamPlan, checkpoint: Checkpoint) -> None:
