@@ -64,7 +64,6 @@ def make_app(serving: Serving) -> FastAPI:
         title="vql serve",
         description=_ABOUT,
         lifespan=lambda _: _following(serving),
-        max_body_size=BODY_BYTES_MAX,
         docs_url=None,
         redoc_url=None,
     )

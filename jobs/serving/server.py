@@ -19,6 +19,7 @@ from types import FrameType
 import numpy as np
 import structlog
 import uvicorn
+from fastapi import HTTPException
 from msgspec.structs import replace
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -29,6 +30,7 @@ from jobs.scoring import Asked, Placement, Scorer, load_scorer
 from jobs.serving.app import Serving, make_app
 from jobs.serving.batches import Batcher, BatchRules
 from jobs.serving.live import LiveScorer
+from jobs.serving.messages import BODY_BYTES_MAX
 from jobs.serving.metrics import ServeMetrics
 from jobs.serving.patient_reader import PatientReader, StoreGate
 from models.checkpoint import open_checkpoint
@@ -135,9 +137,20 @@ class _Server(uvicorn.Server):
 
 
 def _edge(app: ASGIApp, serving: Serving) -> ASGIApp:
-    """Around all else, so that every answer passes: count those of /rank, close connections while it drains."""
+    """Around all else: bodies are limited, answers of /rank counted, connections closed while the server drains."""
 
     async def edge(scope: Scope, receive: Receive, send: Send) -> None:
+        taken_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal taken_bytes
+            message = await receive()
+            taken_bytes += len(message.get("body", b""))
+            if taken_bytes > BODY_BYTES_MAX:
+                # Not by FastAPI's max_body_size, which answers for itself and not as its handlers would.
+                raise HTTPException(413)
+            return message
+
         async def seen(message: Message) -> None:
             if message["type"] == "http.response.start":
                 if scope["path"] == "/rank":
@@ -146,6 +159,6 @@ def _edge(app: ASGIApp, serving: Serving) -> ASGIApp:
                     message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
             await send(message)
 
-        await app(scope, receive, seen)
+        await app(scope, limited, seen)
 
     return edge
