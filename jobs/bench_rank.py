@@ -80,6 +80,8 @@ def run_rank_bench(plan: RankBench, console: Console) -> dict[str, Any]:
     """
     started_s, on = time.monotonic(), machine()
     shape = bench_shape(Sizes())
+    # As in `vql serve`; more would help only on idle cores.
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="vql-bench-") as name:
         folder = Path(name)
         (folder / "redis").mkdir()
@@ -104,7 +106,7 @@ def run_rank_bench(plan: RankBench, console: Console) -> dict[str, Any]:
         },
         "row_bytes": row_bytes,
         "machine": on,
-        "versions": versions(**{"torch": torch.__version__, "redis-server": server}),
+        "versions": versions(**{"torch": str(torch.__version__), "redis-server": server}),
         "config": {
             "lengths": list(plan.lengths),
             "candidates": list(plan.candidates),

@@ -28,6 +28,7 @@ def serve(
     batch_wait_ms: Annotated[
         float, typer.Option(min=0.0, help="How long a request may wait for others while the model is idle.")
     ] = 0.0,
+    threads: Annotated[int, typer.Option(min=1, help="Batches scored at the same time, each on one core.")] = 1,
     store_timeout_ms: Annotated[
         float, typer.Option(min=1.0, help="How long Redis may take; then users are scored without history, flagged.")
     ] = 250.0,
@@ -68,7 +69,7 @@ def serve(
             store=StoreHandle(state=state, redis=redis),
             host=host,
             port=port,
-            rules=BatchRules(users_max=batch_users, wait_s=batch_wait_ms / 1000),
+            rules=BatchRules(users_max=batch_users, wait_s=batch_wait_ms / 1000, at_once=threads),
             placement=placed(device, choice("--means", means, tuple(MEANS))),
             linger_s=linger,
             drain_s=drain,

@@ -18,6 +18,7 @@ from types import FrameType
 
 import numpy as np
 import structlog
+import torch
 import uvicorn
 from fastapi import HTTPException
 from msgspec.structs import replace
@@ -57,6 +58,9 @@ class ServePlan:
 
 def run_server(plan: ServePlan) -> None:
     """Serve until a signal. Raises InputError for an address in use, CheckpointError without a first checkpoint."""
+    # A batch is one thread's: threads that share one wait for each other at every operation, and a core that another
+    # process takes for a moment then stops both.
+    torch.set_num_threads(1)
     with _bound(plan.host, plan.port) as bound, closing(plan.store.open()) as rows:
         live = LiveScorer(plan.checkpoint_path, _loader(rows, plan.placement), rows.count_rows)
         batcher = Batcher(lambda asked: live.scorer.score(asked), plan.rules)
