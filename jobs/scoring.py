@@ -78,6 +78,11 @@ class Placement:
     device: torch.device = CPU
     means: torch.dtype = torch.float32
 
+    @property
+    def pass_candidates(self) -> int:
+        """Candidates, all users together, of one pass of the model: on a CPU, of what stays in its caches."""
+        return 1 << 10 if self.device.type == "cpu" else 1 << 16
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scorer:
@@ -97,7 +102,7 @@ class Scorer:
         items = [self.table.lookup(one.item_ids) for one in asked]
         caches = read.caches.to(self.placement.device, self.placement.means)
         scores: list[list[float]] = [[]] * len(asked)
-        for group in _alike([len(item_C) for item_C in items]):
+        for group in _alike([len(item_C) for item_C in items], self.placement.pass_candidates):
             logit_BC = self._logits([items[b] for b in group], [asked[b].now_ms for b in group], caches.take(group))
             for b, logit_C in zip(group, logit_BC.tolist(), strict=True):
                 scores[b] = logit_C[: len(items[b])]
@@ -149,9 +154,13 @@ def placed(device: str, means: str) -> Placement:
     return Placement(device=chosen, means=MEANS[means])
 
 
-def _alike(counts: Sequence[int]) -> list[list[int]]:
-    """Places of users grouped so that padding at most doubles what is computed for a group."""
-    groups: dict[int, list[int]] = {}
+def _alike(counts: Sequence[int], pass_candidates: int) -> list[list[int]]:
+    """Places of users in groups, each for one pass; padding at most doubles what is computed for a group."""
+    by_size: dict[int, list[int]] = {}
     for b, count in enumerate(counts):
-        groups.setdefault((count - 1).bit_length(), []).append(b)
-    return list(groups.values())
+        by_size.setdefault((count - 1).bit_length(), []).append(b)
+    groups = []
+    for bits, users in by_size.items():
+        together = max(1, pass_candidates >> bits)
+        groups += [users[start : start + together] for start in range(0, len(users), together)]
+    return groups
