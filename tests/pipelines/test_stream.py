@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -21,12 +22,13 @@ from feature_repo.store import Backfill, RowPut
 from models.checkpoint import Checkpoint
 from models.errors import InputError, StoreError, WireError
 from models.event import Event
+from models.item_table import UNKNOWN
 from models.row import whole_cache
 from models.wire import Stamp
 from pipelines.dead_letters import read_dead_letters
 from pipelines.delta_source import open_log
 from pipelines.stream import StreamPlan, StreamReport, run
-from pipelines.worker import stop_requested
+from pipelines.worker import Opened, stop_requested
 from tests.pipelines.faulty import FailingHandle
 from tests.pipelines.small_log import (
     append,
@@ -39,7 +41,7 @@ from tests.pipelines.small_log import (
     read_rows,
     recent_of,
 )
-from tests.small import random_events, small_checkpoint
+from tests.small import ITEMS, START_MS, random_events, small_checkpoint, write_items
 from tests.twin import assert_formula
 
 pytestmark = pytest.mark.beam
@@ -290,6 +292,34 @@ def test_an_endless_stream_picks_up_new_commits_until_it_is_told_to_stop(
 
     assert report.events_folded == 400
     assert_complete(plan, checkpoint, events)
+
+
+def test_items_encoded_while_a_stream_runs_are_known_to_it(
+    plan: StreamPlan, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[Opened.__module__], "LOOK_EVERY_S", 0.05)
+    first, second = (
+        Event(event_id=name, user_id="u0", item_id="new", action="view", event_time_ms=START_MS + n)
+        for n, name in enumerate("ab")
+    )
+
+    def feed() -> None:
+        append(plan.log_path, 0, [msgspec.json.encode(first)], 0)
+        _wait(lambda: _committed(plan, checkpoint) == 1)
+        write_items(checkpoint, ["new"], "items-00001.parquet")
+        time.sleep(0.5)
+        append(plan.log_path, 0, [msgspec.json.encode(second)], 1)
+        _wait(lambda: _committed(plan, checkpoint) == 2)
+        stop_requested.set()
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    report = run(replace(plan, until="forever"))
+    feeder.join()
+
+    (row,) = read_rows(plan.store.open(), checkpoint, ["u0"]).values()
+    assert row.recent["item"].tolist() == [UNKNOWN, ITEMS + 1]
+    assert report.unknown_items == 1
 
 
 @pytest.mark.slow
