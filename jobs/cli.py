@@ -19,6 +19,7 @@ from rich.text import Text
 from jobs.cli_bench import app as bench
 from jobs.cli_dead_letters import app as dead_letters
 from jobs.cli_options import CheckpointPath, Log, MaxFuture, State, choice, offsets, pairs
+from jobs.cli_serve import serve
 from jobs.cli_stream import stream
 from models.errors import InputError, VqlError
 from models.files import disk_error
@@ -30,7 +31,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="A streaming per-codeword cache that gives rankers attention over a user's whole history.\n\n"
     "The way of an event: [b]ingest[/b] (files to the log), [b]train[/b] (log to checkpoint), [b]encode-items[/b], "
-    "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]rank[/b]. [b]demo[/b] goes all of it. "
+    "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]serve[/b] (scores over HTTP). "
+    "[b]rank[/b] shows one user; [b]demo[/b] goes all of it. "
     "[b]dead-letters[/b] shows what the stream refused, [b]bench[/b] measures.",
 )
 app.add_typer(dead_letters, name="dead-letters")
@@ -223,6 +225,7 @@ def backfill(
 
 
 app.command(context_settings={"allow_extra_args": True})(stream)
+app.command()(serve)
 
 
 @app.command()

@@ -21,11 +21,6 @@ out = Console(highlight=False)
 Output = Annotated[Path, typer.Option("--output", resolve_path=True, help="The JSON file to write.")]
 
 
-@app.callback()
-def _group() -> None:
-    """A group, also while it has one command."""
-
-
 @app.command("stream")
 def stream(
     output: Output,
@@ -80,4 +75,33 @@ def stream(
     figures = run_stream_bench(plan, out)
     write_figures(output, figures)
     out.print(figures_table("the stream, on this machine", plan.loads, table_rows(figures, plan.loads)))
+    out.print(f"figures: {output}", soft_wrap=True)
+
+
+@app.command("rank")
+def rank(
+    output: Output,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help="About how long each side is measured, at each length and number.")
+    ] = 5.0,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run: short histories, 0.2 s each.")] = False,
+) -> None:
+    """What it costs to score 100 and 500 candidates of a user who has 1,000, 10,000 or 100,000 events.
+
+    Starts its own redis-server; every side fetches what it needs from it, and its scores are checked against plain
+    attention first. Takes about three minutes.
+
+    [b]vql[/b]: the row, by the product's own path. [b]full_attention[/b]: every raw event, with exact keys, by torch's
+    fused attention. [b]din_50[/b]: the newest 50. [b]flatness[/b]: p50 at the longest history over the shortest.
+
+    Example: vql bench rank --output build/bench/rank.json
+    """
+    from jobs.bench import figures_table, write_figures
+    from jobs.bench_rank import RankBench, run_rank_bench, table_rows
+
+    plan = RankBench(lengths=(100, 1_000), users=2, rounds=2, seconds=0.2) if quick else RankBench(seconds=seconds)
+    figures = run_rank_bench(plan, out)
+    write_figures(output, figures)
+    columns = [f"{length:,} events" for length in plan.lengths]
+    out.print(figures_table("the ranker, on this machine", columns, table_rows(figures)))
     out.print(f"figures: {output}", soft_wrap=True)

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from feature_repo.handle import StoreHandle
 from feature_repo.reader import ABSENT, FOREIGN, Reader
+from jobs.scoring import WHOLE, Asked, load_scorer
 from models.checkpoint import open_checkpoint
 from models.errors import ForeignRowError, InputError, WireError
-from models.item_table import UNKNOWN
-from models.load import load_ranker
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,22 +35,21 @@ def rank_user(
     using = checkpoint.fold()
     reader = Reader(StoreHandle(state=state).open(), checkpoint, using)
     (row,), _ = reader.read_rows([user_id])
-    read = reader.read([user_id])
-    if reason := read.missing.get(user_id):
-        if reason == ABSENT:
-            raise InputError(f"user {user_id!r} has no row of checkpoint {checkpoint.checkpoint_id} in {state}")
-        error = ForeignRowError if reason == FOREIGN else WireError
-        raise error(f"the row of user {user_id!r} in {state} is {reason}; delete it, then run vql backfill")
-    assert row is not None
-    ranker = load_ranker(checkpoint, using.table.feature_MF)
-    item_C = using.table.lookup(item_ids)
     now_ms = int(time.time() * 1000) if now_ms is None else now_ms
-    with torch.inference_mode():
-        logit_BC = ranker.from_cache(torch.from_numpy(item_C)[None], read.caches, torch.tensor([now_ms]))
-    order = np.argsort(-logit_BC[0].numpy(), kind="stable")
+    (scored,) = (
+        load_scorer(checkpoint, using, reader).score([Asked(user_id=user_id, item_ids=item_ids, now_ms=now_ms)]).users
+    )
+    if scored.history != WHOLE:
+        if scored.history == ABSENT:
+            raise InputError(f"user {user_id!r} has no row of checkpoint {checkpoint.checkpoint_id} in {state}")
+        error = ForeignRowError if scored.history == FOREIGN else WireError
+        raise error(f"the row of user {user_id!r} in {state} is {scored.history}; delete it, then run vql backfill")
+    assert row is not None
+    order = np.argsort(-np.array(scored.scores), kind="stable")
+    unknown = set(scored.unknown)
     stamp = row.stamp
     return Ranked(
-        candidates=[(item_ids[c], float(logit_BC[0, c]), bool(item_C[c] != UNKNOWN)) for c in order],
+        candidates=[(item_ids[c], scored.scores[c], c not in unknown) for c in order.tolist()],
         events=row.count,
         stamp=f"{stamp.epoch}:{stamp.partition}:{stamp.offset}.{stamp.revision}",
     )

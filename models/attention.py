@@ -13,8 +13,8 @@ D value width per head, L events of a history.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class CacheBatch:
     """The caches of a batch of users, dense; absent users have no mass and `present_B` False."""
 
     mass_BHKR: Float32[torch.Tensor, "B H K R"]
-    mean_BHKRD: Float32[torch.Tensor, "B H K R D"]
+    mean_BHKRD: Float[torch.Tensor, "B H K R D"]
     reference_ms_B: Int64[torch.Tensor, "B"]
     count_B: Int64[torch.Tensor, "B"]
     present_B: Bool[torch.Tensor, "B"]
@@ -50,6 +50,20 @@ class CacheBatch:
             count_B=torch.tensor([c.count if c else 0 for c in caches], dtype=torch.int64),
             present_B=torch.tensor([c is not None for c in caches], dtype=torch.bool),
         )
+
+    def take(self, at_N: Sequence[int]) -> CacheBatch:
+        """The caches of the users at these places."""
+        if list(at_N) == list(range(len(self.count_B))):
+            return self
+        at = torch.tensor(at_N, dtype=torch.int64, device=self.count_B.device)
+        return self._each(lambda tensor: tensor[at])
+
+    def to(self, device: torch.device, means: torch.dtype = torch.float32) -> CacheBatch:
+        """On this device, with means of this type. Masses stay float32: they span thirty orders of magnitude."""
+        return replace(self, mean_BHKRD=self.mean_BHKRD.to(means))._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CacheBatch:
+        return CacheBatch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

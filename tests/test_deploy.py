@@ -64,6 +64,10 @@ def streams() -> list[list[str]]:
     return [command_line(found) for found in our_containers() if command_line(found)[0] == "stream"]
 
 
+def servers() -> list[list[str]]:
+    return [command_line(found) for found in our_containers() if command_line(found)[0] == "serve"]
+
+
 def faults_of_vql(line: list[str]) -> list[str]:
     """What `vql` would not know of a command line, and what it would miss."""
     command = typer.main.get_command(app).commands.get(line[0])
@@ -114,9 +118,9 @@ def test_versions_are_those_of_the_project() -> None:
     assert f"uv=={uv}" in DOCKERFILE
 
 
-def test_the_streams_use_options_that_there_are() -> None:
-    faults = [fault for line in streams() for fault in faults_of_vql(line)]
-    assert len(streams()) == 3
+def test_the_streams_and_servers_use_options_that_there_are() -> None:
+    faults = [fault for line in streams() + servers() for fault in faults_of_vql(line)]
+    assert (len(streams()), len(servers())) == (3, 1)
     assert faults == []
 
 
@@ -169,7 +173,7 @@ def test_our_containers_do_not_run_as_root() -> None:
     for target in re.split(r"^FROM ", DOCKERFILE, flags=re.MULTILINE)[2:]:
         assert re.findall(r"^USER (.*)$", target, re.MULTILINE)[-1] == "10001:10001"
     found = [each for each in our_containers() if "securityContext" in each]
-    assert len(found) == 3
+    assert len(found) == 4
     assert all(each["securityContext"]["allowPrivilegeEscalation"] is False for each in found)
 
 

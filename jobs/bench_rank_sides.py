@@ -1,0 +1,205 @@
+"""The sides of `vql bench rank`: one user's candidates scored from what a store holds of the user, fetch included.
+
+All sides share the frame (item encoder, head) and the checkpoint, have their item vectors in memory, and read from the
+same Redis: `Vql` the row, `Raw` the raw events, all of them or the newest. Raw events are the 24-byte records of a
+row's recent part, one string per user. Parameters are random: what scoring costs depends on sizes, not on what was
+learned.
+
+Shapes: as in models.ranker; L events of a history.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow.parquet as pq
+import redis
+import torch
+from torch import nn
+from torch.nn import functional
+
+from jobs.bench_load import ACTIONS, DAY_MS, ITEM_SKEW, ITEMS
+from jobs.encode_items import encode_table
+from jobs.scoring import Asked, Scorer
+from models.attention import history_bias
+from models.checkpoint import Checkpoint, Manifest, Sizes, write_checkpoint
+from models.item_table import ItemTable, append_segments
+from models.ranker import Ranker, Shape, VqlHistory
+from models.request import Impression, Request, collate
+from models.wire import RECENT, pack_recent, recent_actions, recent_times
+
+EVENT_STEP_MS = 600_000
+
+
+class Timed(NamedTuple):
+    """Logits, and the seconds of fetching and of scoring."""
+
+    logit_C: torch.Tensor
+    fetch_s: float
+    score_s: float
+
+
+class Side(Protocol):
+    """One way to score a user's candidates."""
+
+    def score(self, asked: Asked) -> Timed: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vql:
+    """The product's own path, as `vql serve` goes it."""
+
+    scorer: Scorer
+
+    def score(self, asked: Asked) -> Timed:
+        scores = self.scorer.score([asked])
+        return Timed(torch.tensor(scores.users[0].scores), scores.read_s, scores.score_s)
+
+
+class RawHistories:
+    """Raw events in Redis."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+
+    def put(self, user_id: str, events: np.ndarray) -> None:
+        self._client.set(f"history:{user_id}", events.tobytes())
+
+    def newest(self, user_id: str, count: int = 0) -> np.ndarray:
+        """The newest `count` events (0: all), oldest first, dtype RECENT."""
+        return np.frombuffer(self._client.getrange(f"history:{user_id}", -count * RECENT.itemsize, -1), RECENT)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Raw:
+    """A ranker that reads raw events, and how many of the newest it needs (0: all)."""
+
+    ranker: Ranker
+    table: ItemTable
+    histories: RawHistories
+    newest: int
+
+    def score(self, asked: Asked) -> Timed:
+        start_s = time.perf_counter()
+        events = self.histories.newest(asked.user_id, self.newest)
+        fetched_s = time.perf_counter()
+        with torch.inference_mode():
+            logit_BC, _ = self.ranker(as_request(asked, events, self.table))
+        return Timed(logit_BC[0], fetched_s - start_s, time.perf_counter() - fetched_s)
+
+
+def as_request(asked: Asked, events: np.ndarray, table: ItemTable) -> Request:
+    """What a ranker is asked, with these raw events (dtype RECENT) as the history."""
+    candidate_C = table.lookup(asked.item_ids)
+    return collate(
+        [
+            Impression(
+                user_id=asked.user_id,
+                now_ms=asked.now_ms,
+                candidate_C=candidate_C,
+                label_C=np.zeros(len(candidate_C), np.float32),
+                item_L=events["item"],
+                action_L=recent_actions(events),
+                time_ms_L=recent_times(events),
+                weight_L=events["weight"],
+            )
+        ]
+    )
+
+
+class ExactHistory(nn.Module):
+    """Softmax attention over every event with exact keys and VQL's kernel: what VQL approximates.
+
+    As fast as we know how to: keys and values are taken from tables by item, the kernel's bias is one more dimension of
+    keys and queries, and torch's fused attention never holds C x L numbers.
+    """
+
+    def __init__(self, vql: VqlHistory, x_Md: torch.Tensor) -> None:
+        super().__init__()
+        self.vql = vql
+        self.key_MV, self.value_MV = vql.keys(x_Md).flatten(1), vql.values(x_Md).flatten(1)
+        self.action_value_AV = vql.action_value_AHD.flatten(1)
+
+    def forward(self, candidate_BCd, encoder, request):
+        history, heads = request.history, (self.vql.sizes.heads, -1)
+        key_BLHE = functional.embedding(history.item_BL, self.key_MV).unflatten(-1, heads)
+        value_BLV = functional.embedding(history.item_BL, self.value_MV)
+        value_BLHD = (value_BLV + functional.embedding(history.action_BL, self.action_value_AV)).unflatten(-1, heads)
+        bias_BHL = history_bias(self.vql.kernel(), history.time_ms_BL, history.weight_BL, request.now_ms_B)
+        query_BCHE = self.vql.queries(candidate_BCd)
+        width = max(query_BCHE.shape[-1] + 1, value_BLHD.shape[-1])
+        out_BHCX = functional.scaled_dot_product_attention(
+            _wide(torch.cat([query_BCHE, torch.ones_like(query_BCHE[..., :1])], -1).transpose(1, 2), width),
+            _wide(torch.cat([key_BLHE.transpose(1, 2), bias_BHL[..., None]], -1), width),
+            _wide(value_BLHD.transpose(1, 2), width),
+            scale=1.0,
+        )
+        seen_BCV = out_BHCX[..., : self.vql.sizes.value_width].transpose(1, 2).flatten(2)
+        return seen_BCV, candidate_BCd.new_zeros(())
+
+
+def _wide(x: torch.Tensor, width: int) -> torch.Tensor:
+    return functional.pad(x, (0, width - x.shape[-1])).contiguous()
+
+
+def rival(ranker: Ranker, history: nn.Module, shape: Shape) -> Ranker:
+    """The ranker with another way to read a history, and all else the same."""
+    other = Ranker(shape, ranker.encoder.feature_MF, history)
+    other.encoder, other.candidate, other.head = ranker.encoder, ranker.candidate, ranker.head
+    return other.eval()
+
+
+def bench_shape(sizes: Sizes) -> Shape:
+    half_lives: list[list[float | None]] = [[DAY_MS], [7 * DAY_MS], [28 * DAY_MS], [None]]
+    return Shape(
+        sizes=sizes,
+        half_life_ms=[half_lives[head % len(half_lives)] for head in range(sizes.heads)],
+        actions=len(ACTIONS),
+        field_rows=[ITEMS + 1],
+    )
+
+
+def scoring_checkpoint(path: Path, shape: Shape, seed: int = 0) -> Checkpoint:
+    """A checkpoint with random parameters, a codebook placed among its keys, and an item table of ITEMS items."""
+    torch.manual_seed(seed)
+    item_ids = [f"item-{n}" for n in range(1, ITEMS + 1)]
+    feature_MF = np.arange(ITEMS + 1)[:, None]
+    history = VqlHistory(shape)
+    ranker = Ranker(shape, torch.from_numpy(feature_MF), history).eval()
+    with torch.inference_mode():
+        keys = history.keys(ranker.encoder(torch.arange(ITEMS + 1)))
+        history.codebook.start(keys.reshape(len(keys), shape.sizes.groups, -1), torch.Generator().manual_seed(seed))
+    manifest = Manifest(
+        model="vql",
+        sizes=shape.sizes,
+        half_life_ms=shape.half_life_ms,
+        actions=list(ACTIONS),
+        fields=["item_id"],
+        training={"seed": seed},
+        metrics={},
+        files={},
+    )
+    tensors = {name: tensor.numpy() for name, tensor in ranker.state_dict().items()}
+    checkpoint = write_checkpoint(path, manifest, tensors, {"item_id": item_ids})
+    checkpoint.items_path.mkdir()
+    segment = checkpoint.items_path / "items-00000.parquet"
+    pq.write_table(encode_table(ranker, ["", *item_ids], feature_MF), segment)
+    append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [segment])
+    return checkpoint
+
+
+def random_history(rng: np.random.Generator, length: int, end_ms: int) -> np.ndarray:
+    """Raw events (dtype RECENT), EVENT_STEP_MS apart and the newest at end_ms, of items by a power law."""
+    share_M = np.arange(1, ITEMS + 1, dtype=np.float64) ** -ITEM_SKEW
+    return pack_recent(
+        np.arange(length),
+        end_ms - EVENT_STEP_MS * np.arange(length)[::-1],
+        rng.integers(1, len(ACTIONS), length),
+        1 + rng.permutation(ITEMS)[rng.choice(ITEMS, length, p=share_M / share_M.sum())],
+        np.ones(length, np.float32),
+        rng.integers(0, 1 << 24, length),
+    )

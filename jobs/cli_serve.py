@@ -1,0 +1,77 @@
+"""The command `vql serve`: its options, and from them the plan of a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli_options import State, choice
+
+# Not resolved: the path itself is watched, and what it names may change.
+LiveCheckpoint = Annotated[
+    Path,
+    typer.Option(
+        "--checkpoint",
+        help="A checkpoint directory, a symbolic link to one, or a file that names one; followed when it changes.",
+    ),
+]
+
+
+def serve(
+    checkpoint: LiveCheckpoint,
+    state: State,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for callers outside.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free port, which is logged.")] = 8000,
+    batch_users: Annotated[int, typer.Option(min=1, help="Users of a batch, at most.")] = 32,
+    batch_wait_ms: Annotated[
+        float, typer.Option(min=0.0, help="How long a request may wait for others while the model is idle.")
+    ] = 0.0,
+    threads: Annotated[int, typer.Option(min=1, help="Batches scored at the same time, each on one core.")] = 1,
+    store_timeout_ms: Annotated[
+        float, typer.Option(min=1.0, help="How long Redis may take; then users are scored without history, flagged.")
+    ] = 250.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    means: Annotated[
+        str, typer.Option(help="float32, or float16 or bfloat16: half of the bytes that a GPU is sent for a user.")
+    ] = "float32",
+    linger: Annotated[
+        float, typer.Option(min=0.0, help="Seconds of SIGTERM in which it still listens: /readyz says 503 meanwhile.")
+    ] = 2.0,
+    drain: Annotated[float, typer.Option(min=0.1, help="Seconds after that for what is being answered.")] = 30.0,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
+) -> None:
+    """Score candidates over HTTP: POST /rank. Described by /openapi.json; watched by /healthz, /readyz and /metrics.
+
+    Logs JSON lines on standard error. Follows the live checkpoint without a restart: a new one is loaded beside the
+    old one, and each answer names the one that made it. While Redis does not answer, users are scored without their
+    history, and flagged. SIGTERM ends it when all is answered.
+
+    Example: vql serve --checkpoint build/demo/live --state build/demo/state --port 8000
+    """
+    from jobs.logs import configure_logs
+
+    configure_logs(log_level)
+    from feature_repo.handle import StoreHandle
+    from feature_repo.redis_settings import chosen_redis
+    from jobs.scoring import MEANS, placed
+    from jobs.serving.batches import BatchRules
+    from jobs.serving.server import ServePlan, run_server
+
+    redis = chosen_redis()
+    if redis is not None:
+        # One try: while it is away, a request is answered sooner by none.
+        redis = redis.model_copy(update={"timeout_s": store_timeout_ms / 1000, "retries": 0})
+    run_server(
+        ServePlan(
+            checkpoint_path=checkpoint.absolute(),
+            store=StoreHandle(state=state, redis=redis),
+            host=host,
+            port=port,
+            rules=BatchRules(users_max=batch_users, wait_s=batch_wait_ms / 1000, at_once=threads),
+            placement=placed(device, choice("--means", means, tuple(MEANS))),
+            linger_s=linger,
+            drain_s=drain,
+        )
+    )

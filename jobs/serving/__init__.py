@@ -1,0 +1,1 @@
+"""`vql serve`: the ranking worker over HTTP."""

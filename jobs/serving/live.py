@@ -1,0 +1,95 @@
+"""The live checkpoint: what a path names now. A new one is loaded beside the old one and swapped whole.
+
+The path is a checkpoint directory, a symbolic link to one, or a file whose one line names one (relative to the file).
+A batch takes the scorer once, so all of it is answered by one checkpoint. Item tables that have grown are seen the
+same way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from jobs.scoring import Scorer
+from models.errors import CheckpointError, VqlError
+
+LOOK_EVERY_S = 1.0
+_LINE_BYTES = 4096
+_Version = tuple[Path, tuple[tuple[int, int, int] | None, ...]]
+
+
+class LiveScorer:
+    """`scorer` is the live one; `look` swaps it. Reading it is safe from any thread.
+
+    load: from a checkpoint's directory to a scorer that is warm. rows: how many users have a row of a checkpoint.
+    Raises CheckpointError, or what `load` raises, when there is no first one.
+    """
+
+    def __init__(self, path: Path, load: Callable[[Path], Scorer], rows: Callable[[str], int]) -> None:
+        self._path, self._load, self._rows = path, load, rows
+        self._turn = threading.Lock()
+        self._seen = version_of(path)
+        self.scorer = load(self._seen[0])
+        self.problem: str | None = None
+        structlog.get_logger().info("checkpoint loaded", checkpoint_id=self.scorer.checkpoint_id)
+
+    def look(self) -> bool:
+        """Whether the scorer was swapped. What cannot be loaded is logged and tried again at the next look."""
+        with self._turn:
+            try:
+                version = version_of(self._path)
+                if version == self._seen:
+                    self.problem = None
+                    return False
+                fresh = self._load(version[0])
+                self._require_rows(fresh.checkpoint_id)
+                # Files that changed meanwhile may be read half from each state.
+                if version_of(self._path) != version:
+                    return False
+            except (VqlError, OSError) as error:
+                if str(error) != self.problem:
+                    structlog.get_logger().error("the checkpoint has changed and cannot be used", error=str(error))
+                self.problem = str(error)
+                return False
+            old, self.scorer, self._seen, self.problem = self.scorer, fresh, version, None
+        structlog.get_logger().info("checkpoint swapped", checkpoint_id=fresh.checkpoint_id, before=old.checkpoint_id)
+        return True
+
+    def _require_rows(self, checkpoint_id: str) -> None:
+        """A checkpoint is backfilled before it goes live: without rows, every user would lose the history."""
+        if checkpoint_id != self.scorer.checkpoint_id and self._rows(checkpoint_id) == 0:
+            raise CheckpointError(f"checkpoint {checkpoint_id} has no rows in the online store; run vql backfill")
+
+
+def version_of(path: Path) -> _Version:
+    """The directory that the path names, and the times and inodes of what tells one state of it from another.
+
+    Raises CheckpointError for a path that names none.
+    """
+    folder = _folder(path)
+    return folder, tuple(_stamp(folder / name) for name in ("manifest.json", "items/items.json"))
+
+
+def _folder(path: Path) -> Path:
+    if path.is_dir():
+        return path.resolve()
+    try:
+        with path.open("rb") as file:
+            named = file.read(_LINE_BYTES).decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is neither a checkpoint nor a file that names one ({error})") from error
+    folder = path.resolve().parent / named
+    if not named or "\n" in named or not folder.is_dir():
+        raise CheckpointError(f"{path} names {named[:200]!r}, which is no directory; write a checkpoint's path into it")
+    return folder.resolve()
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size

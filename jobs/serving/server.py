@@ -1,0 +1,168 @@
+"""The process of `vql serve`: from the plan to a listening server, and its end.
+
+SIGTERM ends it without losing a request. First it lingers: /readyz says 503, every answer closes its connection, and
+new connections are still served, since balancers need a moment to look away. Then it listens no more, answers what it
+has, and exits 0. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import structlog
+import torch
+import uvicorn
+from fastapi import HTTPException
+from msgspec.structs import replace
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from feature_repo.handle import StoreHandle
+from feature_repo.reader import Reader
+from feature_repo.store import RowStore
+from jobs.scoring import Asked, Placement, Scorer, load_scorer
+from jobs.serving.app import Serving, make_app
+from jobs.serving.batches import Batcher, BatchRules
+from jobs.serving.live import LiveScorer
+from jobs.serving.messages import BODY_BYTES_MAX
+from jobs.serving.metrics import ServeMetrics
+from jobs.serving.patient_reader import PatientReader, StoreGate
+from models.checkpoint import open_checkpoint
+from models.errors import InputError
+from models.row import Fold, new_row, whole_cache
+from models.wire import RECENT
+
+_WARM_CANDIDATES = (1, 100, 500)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServePlan:
+    """What to serve, and where. linger_s, drain_s: after SIGTERM, until it stops to listen, and for what is left."""
+
+    checkpoint_path: Path
+    store: StoreHandle
+    host: str
+    port: int
+    rules: BatchRules
+    placement: Placement
+    linger_s: float
+    drain_s: float
+
+
+def run_server(plan: ServePlan) -> None:
+    """Serve until a signal. Raises InputError for an address in use, CheckpointError without a first checkpoint."""
+    # A batch is one thread's: threads that share one wait for each other at every operation, and a core that another
+    # process takes for a moment then stops both.
+    torch.set_num_threads(1)
+    with _bound(plan.host, plan.port) as bound, closing(plan.store.open()) as rows:
+        live = LiveScorer(plan.checkpoint_path, _loader(rows, plan.placement), rows.count_rows)
+        batcher = Batcher(lambda asked: live.scorer.score(asked), plan.rules)
+        serving = Serving(live=live, batcher=batcher, metrics=ServeMetrics())
+        server = _Server(serving, plan)
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        server.run(sockets=[bound])
+    structlog.get_logger().info("server ended")
+
+
+def _loader(rows: RowStore, placement: Placement) -> Callable[[Path], Scorer]:
+    gate = StoreGate()
+
+    def load(path: Path) -> Scorer:
+        checkpoint = open_checkpoint(path)
+        fold = checkpoint.fold()
+        reader = PatientReader(Reader(rows, checkpoint, fold), fold.spec, gate)
+        scorer = load_scorer(checkpoint, fold, reader, placement)
+        _warm_up(scorer, fold)
+        return scorer
+
+    return load
+
+
+def _warm_up(scorer: Scorer, fold: Fold) -> None:
+    """Kernels are compiled and buffers made now, not in the first requests."""
+    whole_cache(replace(new_row(fold.spec, 1, 0), recent_data=np.zeros(1, RECENT).tobytes()), fold)
+    for candidates in _WARM_CANDIDATES:
+        scorer.score([Asked(user_id="", item_ids=[""] * candidates, now_ms=0)] * 2)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """The address, taken; nobody can connect before the server listens."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise InputError(f"cannot listen at {host}:{port}: {error}; name a free port, or 0") from error
+    return bound
+
+
+class _Server(uvicorn.Server):
+    """Lingers at a signal, and does not die of it in the end, as uvicorn's own would."""
+
+    def __init__(self, serving: Serving, plan: ServePlan) -> None:
+        self._serving, self._linger_s = serving, plan.linger_s
+        self._end_s: float | None = None
+        super().__init__(
+            uvicorn.Config(
+                _edge(make_app(serving), serving),
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=plan.drain_s,  # type: ignore[arg-type]
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or []:
+            host, port = each.getsockname()[:2]
+            checkpoint_id = self._serving.live.scorer.checkpoint_id
+            structlog.get_logger().info("serving", host=host, port=port, checkpoint_id=checkpoint_id)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._end_s is not None:
+            self.should_exit = self.force_exit = True
+            return
+        self._serving.draining = True
+        self._end_s = time.monotonic() + self._linger_s
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._end_s is not None and time.monotonic() >= self._end_s:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def _edge(app: ASGIApp, serving: Serving) -> ASGIApp:
+    """Around all else: bodies are limited, answers of /rank counted, connections closed while the server drains."""
+
+    async def edge(scope: Scope, receive: Receive, send: Send) -> None:
+        taken_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal taken_bytes
+            message = await receive()
+            taken_bytes += len(message.get("body", b""))
+            if taken_bytes > BODY_BYTES_MAX:
+                # Not by FastAPI's max_body_size, which answers for itself and not as its handlers would.
+                raise HTTPException(413)
+            return message
+
+        async def seen(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                if scope["path"] == "/rank":
+                    serving.metrics.requests.labels(message["status"]).inc()
+                if serving.draining:
+                    message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
+            await send(message)
+
+        await app(scope, limited, seen)
+
+    return edge
