@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from feature_repo.handle import StoreHandle
-from feature_repo.store import row_put
+from feature_repo.store import row_puts
 from models.checkpoint import Checkpoint
 from models.event import Event
 from models.row import Row, advance, new_row
@@ -63,7 +63,7 @@ def row_of(checkpoint: Checkpoint, events: list[Event]) -> Row:
 
 
 def put_row(state: Path, checkpoint_id: str, row: Row) -> None:
-    assert StoreHandle(state=state).open().put_rows(checkpoint_id, [row_put("u0", row, None)]) == [True]
+    assert StoreHandle(state=state).open().put_rows(checkpoint_id, row_puts(["u0"], [row], [None])) == [True]
 
 
 def test_help_names_every_command_and_the_way_of_an_event(vql) -> None:
@@ -137,7 +137,7 @@ def test_a_row_that_cannot_be_used_is_named(
     if what == "foreign":
         put_row(state, checkpoint.checkpoint_id, row_of(small_checkpoint(tmp_path / "other"), random_events(20)))
     else:
-        good = row_put("u0", row_of(checkpoint, random_events(20)), None)
+        (good,) = row_puts(["u0"], [row_of(checkpoint, random_events(20))], [None])
         bad = replace(good, recent=good.recent[:-1] + b"?")
         StoreHandle(state=state).open().put_rows(checkpoint.checkpoint_id, [bad])
     said = vql("rank", "u0", "--candidates", "i1", "--checkpoint", checkpoint.path, "--state", state)

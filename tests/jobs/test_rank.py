@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from feature_repo.handle import StoreHandle
-from feature_repo.store import row_put
+from feature_repo.store import row_puts
 from jobs.rank import rank_user
 from models.checkpoint import Checkpoint
 from models.errors import ForeignRowError, InputError, WireError
@@ -43,7 +43,7 @@ def put(state: Path, checkpoint: Checkpoint, checkpoint_id: str) -> None:
     position = Stamp(epoch=1, partition=1, offset=-1)
     recent = recent_of(checkpoint, random_events(EVENTS, users=1), range(EVENTS))
     row, _ = advance(new_row(checkpoint.spec, 1, 1), recent, position, checkpoint.fold())
-    assert StoreHandle(state=state).open().put_rows(checkpoint_id, [row_put("u0", row, None)]) == [True]
+    assert StoreHandle(state=state).open().put_rows(checkpoint_id, row_puts(["u0"], [row], [None])) == [True]
 
 
 def test_candidates_come_best_first_with_the_scores_of_raw_attention(checkpoint: Checkpoint, state: Path) -> None:
