@@ -18,6 +18,7 @@ from rich.text import Text
 
 from jobs.cli_bench import app as bench
 from jobs.cli_dead_letters import app as dead_letters
+from jobs.cli_doctor import doctor
 from jobs.cli_options import CheckpointPath, Log, MaxFuture, State, choice, offsets, pairs
 from jobs.cli_stream import stream
 from models.errors import InputError, VqlError
@@ -31,7 +32,8 @@ app = typer.Typer(
     help="A streaming per-codeword cache that gives rankers attention over a user's whole history.\n\n"
     "The way of an event: [b]ingest[/b] (files to the log), [b]train[/b] (log to checkpoint), [b]encode-items[/b], "
     "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]rank[/b]. [b]demo[/b] goes all of it. "
-    "[b]dead-letters[/b] shows what the stream refused, [b]bench[/b] measures.",
+    "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store; [b]bench[/b] "
+    "measures.",
 )
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(bench, name="bench")
@@ -223,6 +225,7 @@ def backfill(
 
 
 app.command(context_settings={"allow_extra_args": True})(stream)
+app.command()(doctor)
 
 
 @app.command()

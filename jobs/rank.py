@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import ABSENT, FOREIGN, Reader
 from models.checkpoint import open_checkpoint
 from models.errors import ForeignRowError, InputError, WireError
@@ -34,8 +35,8 @@ def rank_user(
     if not item_ids:
         raise InputError("no candidates; give --candidates ITEM,ITEM,...")
     checkpoint = open_checkpoint(checkpoint_path)
-    using = checkpoint.fold()
-    reader = Reader(StoreHandle(state=state).open(), checkpoint, using)
+    reader = Reader(StoreHandle(state=state).open(), Opened(checkpoint))
+    using = reader.fold
     (row,), _ = reader.read_rows([user_id])
     read = reader.read([user_id])
     if reason := read.missing.get(user_id):

@@ -1,0 +1,228 @@
+"""The compiled forms of the algebra that `models.cache` states: one user's fold, and the caches of a batch as tensors.
+
+No file but these two multiplies a mass. Shapes: as in `cache`, with B users, M items and A actions.
+"""
+
+from __future__ import annotations
+
+from inspect import unwrap
+
+import numba
+import numpy as np
+
+from models.item_table import UNKNOWN
+from models.memory import load_f32, load_i32, load_u16
+
+# A sum this much smaller than its terms is rounding error of float32 terms, not mass; where the net count says that
+# every event met its retraction, the rounding of many folds may have added up.
+CANCELLED, CANCELLED_WHOLLY = 1e-6, 1e-3
+# Below this a mass is flushed: it is 30 orders under the newest event's and float32 would go denormal.
+VANISHED = 1e-30
+
+# A row that is somewhere in memory: the addresses of its entries' codes (u16), net counts (i32), masses and means
+# (f32), its recent events' places among those of the batch, and what it says of itself. status 0: it can be used.
+PLACE = np.dtype(
+    [
+        (name, "<i8")
+        for name in (
+            *("status", "codes", "nets", "masses", "means", "entries", "first", "events"),
+            *("reference_ms", "count", "epoch", "offset", "revision"),
+        )
+    ]
+)
+# A recent event; its item may be beyond the table, its action is not.
+EVENT = np.dtype([("time_ms", "<i8"), ("item", "<i8"), ("action", "<i4"), ("weight", "<f4")])
+
+
+def _add(moment_PRS, gross_PR, weight, age_ms, rate_PR, value_PD):
+    """An event enters an entry."""
+    for p in range(rate_PR.shape[0]):
+        for r in range(rate_PR.shape[1]):
+            mass = weight * np.exp(-rate_PR[p, r] * age_ms)
+            moment_PRS[p, r, 0] += mass
+            gross_PR[p, r] += abs(mass)
+            for d in range(value_PD.shape[1]):
+                moment_PRS[p, r, 1 + d] += mass * value_PD[p, d]
+
+
+def _settle(moment_PRS, gross_PR, net):
+    """What cancelled to rounding error is nothing."""
+    error = CANCELLED_WHOLLY if net == 0 else CANCELLED
+    for p in range(gross_PR.shape[0]):
+        for r in range(gross_PR.shape[1]):
+            mass = abs(moment_PRS[p, r, 0])
+            if mass <= error * gross_PR[p, r] or mass < VANISHED:
+                moment_PRS[p, r] = 0.0
+
+
+_add, _settle = (numba.njit(cache=True)(unwrap(each)) for each in (_add, _settle))
+
+
+def _fold_loop(
+    code_N,
+    net_N,
+    mass_NPR,
+    mean_NPRD,
+    age_ms,
+    event_code_NG,
+    event_value_NHD,
+    event_age_ms_N,
+    event_weight_N,
+    rate_GPR,
+    codewords,
+):
+    """Scatter the state and the events into dense moments, then gather the touched codewords in order."""
+    groups, heads, rates = rate_GPR.shape
+    width = mean_NPRD.shape[3]
+    moment = np.zeros((groups * codewords, heads, rates, 1 + width))
+    gross = np.zeros((groups * codewords, heads, rates))
+    net = np.zeros(groups * codewords, np.int64)
+    touched = np.zeros(groups * codewords, np.bool_)
+    for n in range(code_N.shape[0]):
+        code = code_N[n]
+        touched[code] = True
+        net[code] = net_N[n]
+        for p in range(heads):
+            for r in range(rates):
+                mass = mass_NPR[n, p, r] * np.exp(-rate_GPR[code // codewords, p, r] * age_ms)
+                moment[code, p, r, 0] = mass
+                gross[code, p, r] = abs(mass)
+                for d in range(width):
+                    moment[code, p, r, 1 + d] = mass * mean_NPRD[n, p, r, d]
+    for n in range(event_code_NG.shape[0]):
+        weight, age_ms = event_weight_N[n], event_age_ms_N[n]
+        for g in range(groups):
+            code = g * codewords + event_code_NG[n, g]
+            touched[code] = True
+            net[code] += 1 if weight > 0 else -1
+            value_PD = event_value_NHD[n, g * heads : (g + 1) * heads]
+            _add(moment[code], gross[code], weight, age_ms, rate_GPR[g], value_PD)
+    codes = np.flatnonzero(touched)
+    gathered = moment[codes]
+    for n in range(codes.shape[0]):
+        _settle(gathered[n], gross[codes[n]], net[codes[n]])
+    return codes, net[codes], gathered
+
+
+# unwrap: in tests the functions of this module carry run-time shape checks, which numba cannot compile.
+fold_kernel = numba.njit(cache=True)(unwrap(_fold_loop))
+
+
+def _clear(mass_HKR, mean_HKRD, first, last, heads):
+    """Codes from first to last, without the last, hold nothing."""
+    codewords = mass_HKR.shape[1]
+    for code in range(first, last):
+        for h in range(code // codewords * heads, (code // codewords + 1) * heads):
+            mass_HKR[h, code % codewords] = 0.0
+            mean_HKRD[h, code % codewords] = 0.0
+
+
+_clear = numba.njit(cache=True)(unwrap(_clear))
+
+
+def _dense_loop(
+    place_B,
+    event_N,
+    code_MG,
+    value_MHD,
+    action_value_AHD,
+    rate_GPR,
+    mass_BHKR,
+    mean_BHKRD,
+    reference_ms_B,
+    count_B,
+    unknown_B,
+):
+    """`cache.fold` of each row's recent events into its entries, from the bytes straight into tensors.
+
+    place_B, event_N: dtypes PLACE and EVENT; a user whose status is not 0 gets zeros. Codes that no recent event has
+    are copied with their mass decayed, the others go through moments. Every number of the tensors is written.
+    """
+    groups, heads, rates = rate_GPR.shape
+    codewords, width = mean_BHKRD.shape[2], mean_BHKRD.shape[4]
+    moment = np.zeros((groups * codewords, heads, rates, 1 + width))
+    gross = np.zeros((groups * codewords, heads, rates))
+    net = np.zeros(groups * codewords, np.int64)
+    touched = np.zeros(groups * codewords, np.bool_)
+    touched_N = np.empty(groups * codewords, np.int64)
+    decay_GPR = np.empty((groups, heads, rates))
+    value_HD = np.empty((groups * heads, width), np.float32)
+    for b in range(place_B.shape[0]):
+        place, mass_HKR, mean_HKRD = place_B[b], mass_BHKR[b], mean_BHKRD[b]
+        reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
+        if place.status != 0:
+            mass_HKR[:] = 0.0
+            mean_HKRD[:] = 0.0
+            continue
+        reference_ms, touched_count = place.reference_ms, 0
+        for n in range(place.first, place.first + place.events):
+            reference_ms = max(reference_ms, event_N[n].time_ms)
+            if event_N[n].item >= code_MG.shape[0]:
+                event_N[n].item = UNKNOWN
+                unknown_B[b] += 1
+            item = event_N[n].item
+            for g in range(groups):
+                code = g * codewords + code_MG[item, g]
+                if not touched[code]:
+                    touched[code] = True
+                    touched_N[touched_count] = code
+                    touched_count += 1
+                    moment[code] = 0.0
+                    gross[code] = 0.0
+                    net[code] = 0
+        age_ms = reference_ms - place.reference_ms
+        for g in range(groups):
+            for p in range(heads):
+                for r in range(rates):
+                    decay_GPR[g, p, r] = np.exp(-rate_GPR[g, p, r] * age_ms)
+        code = 0
+        for n in range(place.entries):
+            gap, code = code, np.int64(load_u16(place.codes + 2 * n))
+            _clear(mass_HKR, mean_HKRD, gap, code, heads)
+            g, k = code // codewords, code % codewords
+            if touched[code]:
+                net[code] = load_i32(place.nets + 4 * n)
+            for p in range(heads):
+                for r in range(rates):
+                    at = (n * heads + p) * rates + r
+                    mean = place.means + 4 * width * at
+                    mass = load_f32(place.masses + 4 * at) * decay_GPR[g, p, r]
+                    if touched[code]:
+                        moment[code, p, r, 0] = mass
+                        gross[code, p, r] = abs(mass)
+                        for d in range(width):
+                            moment[code, p, r, 1 + d] = mass * load_f32(mean + 4 * d)
+                    elif abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED):
+                        mass_HKR[g * heads + p, k, r] = 0.0
+                        mean_HKRD[g * heads + p, k, r] = 0.0
+                    else:
+                        mass_HKR[g * heads + p, k, r] = mass
+                        for d in range(width):
+                            mean_HKRD[g * heads + p, k, r, d] = load_f32(mean + 4 * d)
+            code += 1
+        _clear(mass_HKR, mean_HKRD, code, groups * codewords, heads)
+        for n in range(place.first, place.first + place.events):
+            item, weight = event_N[n].item, event_N[n].weight
+            value_HD[:] = value_MHD[item] + action_value_AHD[event_N[n].action]
+            event_age_ms = reference_ms - event_N[n].time_ms
+            for g in range(groups):
+                code = g * codewords + code_MG[item, g]
+                net[code] += 1 if weight > 0 else -1
+                value_PD = value_HD[g * heads : (g + 1) * heads]
+                _add(moment[code], gross[code], weight, event_age_ms, rate_GPR[g], value_PD)
+        for n in range(touched_count):
+            code = touched_N[n]
+            touched[code] = False
+            _settle(moment[code], gross[code], net[code])
+            g, k = code // codewords, code % codewords
+            for p in range(heads):
+                for r in range(rates):
+                    mass, h = moment[code, p, r, 0], g * heads + p
+                    alive = abs(np.float32(mass)) >= np.float32(VANISHED)
+                    mass_HKR[h, k, r] = mass if alive else 0.0
+                    for d in range(width):
+                        mean_HKRD[h, k, r, d] = moment[code, p, r, 1 + d] / mass if alive else 0.0
+        reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
+
+
+dense_kernel = numba.njit(cache=True, nogil=True)(unwrap(_dense_loop))

@@ -1,0 +1,41 @@
+"""Little-endian numbers at addresses of memory, aligned or not, for compiled code that reads bytes where they lie.
+
+Nothing is checked: who calls these has to know that the bytes are there, and stay there meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable, Sequence
+from inspect import unwrap
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+from numba import types
+from numba.extending import intrinsic
+
+assert sys.byteorder == "little", "rows are little-endian, and compiled code reads them as they are"
+
+
+def addresses(parts: Sequence[bytes]) -> Int64[np.ndarray, "N"]:
+    """Where each part's bytes begin; they stay there for as long as the part lives."""
+    pointers = (ctypes.c_char_p * len(parts))(*parts)
+    return np.frombuffer(pointers, np.int64) if parts else np.empty(0, np.int64)
+
+
+def _load(number: Any) -> Callable[[int], Any]:
+    def typed(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], context.get_value_type(number).as_pointer())
+            return builder.load(pointer, align=1)
+
+        return number(types.int64), generate
+
+    return intrinsic(unwrap(typed))
+
+
+load_u16, load_u32, load_u64 = _load(types.uint16), _load(types.uint32), _load(types.uint64)
+load_i64, load_f32 = _load(types.int64), _load(types.float32)
+load_i32 = _load(types.int32)
