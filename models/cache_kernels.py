@@ -203,7 +203,9 @@ def _dense_loop(
         _clear(mass_HKR, mean_HKRD, code, groups * codewords, heads)
         for n in range(place.first, place.first + place.events):
             item, weight = event_N[n].item, event_N[n].weight
-            value_HD[:] = value_MHD[item] + action_value_AHD[event_N[n].action]
+            for h in range(groups * heads):
+                for d in range(width):
+                    value_HD[h, d] = value_MHD[item, h, d] + action_value_AHD[event_N[n].action, h, d]
             event_age_ms = reference_ms - event_N[n].time_ms
             for g in range(groups):
                 code = g * codewords + code_MG[item, g]

@@ -25,7 +25,7 @@ from jaxtyping import Int64
 from msgspec.structs import replace
 
 from models.cache import Cache, CacheSpec, EncodedEvents, empty, fold
-from models.errors import TableBehindError
+from models.errors import TableBehindError, WireError
 from models.item_table import ItemTable
 from models.recent import accept
 from models.wire import (
