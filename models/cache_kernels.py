@@ -34,25 +34,27 @@ PLACE = np.dtype(
 EVENT = np.dtype([("time_ms", "<i8"), ("item", "<i8"), ("action", "<i4"), ("weight", "<f4")])
 
 
-def _add(moment_PRS, gross_PR, weight, age_ms, rate_PR, value_PD):
-    """An event enters an entry."""
-    for p in range(rate_PR.shape[0]):
-        for r in range(rate_PR.shape[1]):
-            mass = weight * np.exp(-rate_PR[p, r] * age_ms)
-            moment_PRS[p, r, 0] += mass
-            gross_PR[p, r] += abs(mass)
-            for d in range(value_PD.shape[1]):
-                moment_PRS[p, r, 1 + d] += mass * value_PD[p, d]
+def _add(moment, gross, code, weight, age_ms, rate_GPR, g, value_HD):
+    """An event enters an entry. By indices into whole arrays: views cost more here than the arithmetic."""
+    heads, rates = rate_GPR.shape[1:]
+    for p in range(heads):
+        for r in range(rates):
+            mass = weight * np.exp(-rate_GPR[g, p, r] * age_ms)
+            moment[code, p, r, 0] += mass
+            gross[code, p, r] += abs(mass)
+            for d in range(value_HD.shape[1]):
+                moment[code, p, r, 1 + d] += mass * value_HD[g * heads + p, d]
 
 
-def _settle(moment_PRS, gross_PR, net):
+def _settle(moment, gross, code, net):
     """What cancelled to rounding error is nothing."""
     error = CANCELLED_WHOLLY if net == 0 else CANCELLED
-    for p in range(gross_PR.shape[0]):
-        for r in range(gross_PR.shape[1]):
-            mass = abs(moment_PRS[p, r, 0])
-            if mass <= error * gross_PR[p, r] or mass < VANISHED:
-                moment_PRS[p, r] = 0.0
+    for p in range(gross.shape[1]):
+        for r in range(gross.shape[2]):
+            mass = abs(moment[code, p, r, 0])
+            if mass <= error * gross[code, p, r] or mass < VANISHED:
+                for s in range(moment.shape[3]):
+                    moment[code, p, r, s] = 0.0
 
 
 _add, _settle = (numba.njit(cache=True)(unwrap(each)) for each in (_add, _settle))
@@ -91,30 +93,32 @@ def _fold_loop(
                     moment[code, p, r, 1 + d] = mass * mean_NPRD[n, p, r, d]
     for n in range(event_code_NG.shape[0]):
         weight, age_ms = event_weight_N[n], event_age_ms_N[n]
+        value_HD = event_value_NHD[n]
         for g in range(groups):
             code = g * codewords + event_code_NG[n, g]
             touched[code] = True
             net[code] += 1 if weight > 0 else -1
-            value_PD = event_value_NHD[n, g * heads : (g + 1) * heads]
-            _add(moment[code], gross[code], weight, age_ms, rate_GPR[g], value_PD)
+            _add(moment, gross, code, weight, age_ms, rate_GPR, g, value_HD)
     codes = np.flatnonzero(touched)
-    gathered = moment[codes]
-    for n in range(codes.shape[0]):
-        _settle(gathered[n], gross[codes[n]], net[codes[n]])
-    return codes, net[codes], gathered
+    for code in codes:
+        _settle(moment, gross, code, net[code])
+    return codes, net[codes], moment[codes]
 
 
 # unwrap: in tests the functions of this module carry run-time shape checks, which numba cannot compile.
 fold_kernel = numba.njit(cache=True)(unwrap(_fold_loop))
 
 
-def _clear(mass_HKR, mean_HKRD, first, last, heads):
-    """Codes from first to last, without the last, hold nothing."""
-    codewords = mass_HKR.shape[1]
+def _clear(mass_BHKR, mean_BHKRD, b, first, last, heads):
+    """Codes of user b from first to last, without the last, hold nothing."""
+    codewords = mass_BHKR.shape[2]
     for code in range(first, last):
-        for h in range(code // codewords * heads, (code // codewords + 1) * heads):
-            mass_HKR[h, code % codewords] = 0.0
-            mean_HKRD[h, code % codewords] = 0.0
+        g, k = code // codewords, code % codewords
+        for h in range(g * heads, (g + 1) * heads):
+            for r in range(mass_BHKR.shape[3]):
+                mass_BHKR[b, h, k, r] = 0.0
+                for d in range(mean_BHKRD.shape[4]):
+                    mean_BHKRD[b, h, k, r, d] = 0.0
 
 
 _clear = numba.njit(cache=True)(unwrap(_clear))
@@ -148,14 +152,14 @@ def _dense_loop(
     decay_GPR = np.empty((groups, heads, rates))
     value_HD = np.empty((groups * heads, width), np.float32)
     for b in range(place_B.shape[0]):
-        place, mass_HKR, mean_HKRD = place_B[b], mass_BHKR[b], mean_BHKRD[b]
+        place = place_B[b]
         reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
         if place.status != 0:
-            mass_HKR[:] = 0.0
-            mean_HKRD[:] = 0.0
+            _clear(mass_BHKR, mean_BHKRD, b, 0, groups * codewords, heads)
             continue
         reference_ms, touched_count = place.reference_ms, 0
-        for n in range(place.first, place.first + place.events):
+        first, last = place.first, place.first + place.events
+        for n in range(first, last):
             reference_ms = max(reference_ms, event_N[n].time_ms)
             if event_N[n].item >= code_MG.shape[0]:
                 event_N[n].item = UNKNOWN
@@ -167,63 +171,71 @@ def _dense_loop(
                     touched[code] = True
                     touched_N[touched_count] = code
                     touched_count += 1
-                    moment[code] = 0.0
-                    gross[code] = 0.0
                     net[code] = 0
+                    for p in range(heads):
+                        for r in range(rates):
+                            gross[code, p, r] = 0.0
+                            for s in range(1 + width):
+                                moment[code, p, r, s] = 0.0
         age_ms = reference_ms - place.reference_ms
         for g in range(groups):
             for p in range(heads):
                 for r in range(rates):
                     decay_GPR[g, p, r] = np.exp(-rate_GPR[g, p, r] * age_ms)
-        code = 0
+        codes, nets, masses, means = place.codes, place.nets, place.masses, place.means
+        next_code = g = 0
         for n in range(place.entries):
-            gap, code = code, np.int64(load_u16(place.codes + 2 * n))
-            _clear(mass_HKR, mean_HKRD, gap, code, heads)
-            g, k = code // codewords, code % codewords
-            if touched[code]:
-                net[code] = load_i32(place.nets + 4 * n)
+            code = np.int64(load_u16(codes + 2 * n))
+            if code > next_code:
+                _clear(mass_BHKR, mean_BHKRD, b, next_code, code, heads)
+            next_code = code + 1
+            # Codes rise, which spares a division for each.
+            while code >= (g + 1) * codewords:
+                g += 1
+            k, moved = code - g * codewords, touched[code]
+            if moved:
+                net[code] = load_i32(nets + 4 * n)
             for p in range(heads):
                 for r in range(rates):
-                    at = (n * heads + p) * rates + r
-                    mean = place.means + 4 * width * at
-                    mass = load_f32(place.masses + 4 * at) * decay_GPR[g, p, r]
-                    if touched[code]:
+                    at, h = (n * heads + p) * rates + r, g * heads + p
+                    mean = means + 4 * width * at
+                    mass = load_f32(masses + 4 * at) * decay_GPR[g, p, r]
+                    if moved:
                         moment[code, p, r, 0] = mass
                         gross[code, p, r] = abs(mass)
                         for d in range(width):
                             moment[code, p, r, 1 + d] = mass * load_f32(mean + 4 * d)
                     elif abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED):
-                        mass_HKR[g * heads + p, k, r] = 0.0
-                        mean_HKRD[g * heads + p, k, r] = 0.0
-                    else:
-                        mass_HKR[g * heads + p, k, r] = mass
+                        mass_BHKR[b, h, k, r] = 0.0
                         for d in range(width):
-                            mean_HKRD[g * heads + p, k, r, d] = load_f32(mean + 4 * d)
-            code += 1
-        _clear(mass_HKR, mean_HKRD, code, groups * codewords, heads)
-        for n in range(place.first, place.first + place.events):
-            item, weight = event_N[n].item, event_N[n].weight
+                            mean_BHKRD[b, h, k, r, d] = 0.0
+                    else:
+                        mass_BHKR[b, h, k, r] = mass
+                        for d in range(width):
+                            mean_BHKRD[b, h, k, r, d] = load_f32(mean + 4 * d)
+        _clear(mass_BHKR, mean_BHKRD, b, next_code, groups * codewords, heads)
+        for n in range(first, last):
+            item, action, weight = event_N[n].item, event_N[n].action, event_N[n].weight
             for h in range(groups * heads):
                 for d in range(width):
-                    value_HD[h, d] = value_MHD[item, h, d] + action_value_AHD[event_N[n].action, h, d]
+                    value_HD[h, d] = value_MHD[item, h, d] + action_value_AHD[action, h, d]
             event_age_ms = reference_ms - event_N[n].time_ms
             for g in range(groups):
                 code = g * codewords + code_MG[item, g]
                 net[code] += 1 if weight > 0 else -1
-                value_PD = value_HD[g * heads : (g + 1) * heads]
-                _add(moment[code], gross[code], weight, event_age_ms, rate_GPR[g], value_PD)
+                _add(moment, gross, code, weight, event_age_ms, rate_GPR, g, value_HD)
         for n in range(touched_count):
             code = touched_N[n]
             touched[code] = False
-            _settle(moment[code], gross[code], net[code])
+            _settle(moment, gross, code, net[code])
             g, k = code // codewords, code % codewords
             for p in range(heads):
                 for r in range(rates):
                     mass, h = moment[code, p, r, 0], g * heads + p
                     alive = abs(np.float32(mass)) >= np.float32(VANISHED)
-                    mass_HKR[h, k, r] = mass if alive else 0.0
+                    mass_BHKR[b, h, k, r] = mass if alive else 0.0
                     for d in range(width):
-                        mean_HKRD[h, k, r, d] = moment[code, p, r, 1 + d] / mass if alive else 0.0
+                        mean_BHKRD[b, h, k, r, d] = moment[code, p, r, 1 + d] / mass if alive else 0.0
         reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
 
 
