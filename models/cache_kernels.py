@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 from models.item_table import UNKNOWN
-from models.memory import load_f32, load_i32, load_u16
+from models.memory import copy, load_f32, load_i32, load_u16
 
 # A sum this much smaller than its terms is rounding error of float32 terms, not mass; where the net count says that
 # every event met its retraction, the rounding of many folds may have added up.
@@ -139,11 +139,13 @@ def _dense_loop(
 ):
     """`cache.fold` of each row's recent events into its entries, from the bytes straight into tensors.
 
-    place_B, event_N: dtypes PLACE and EVENT; a user whose status is not 0 gets zeros. Codes that no recent event has
-    are copied with their mass decayed, the others go through moments. Every number of the tensors is written.
+    place_B, event_N: dtypes PLACE and EVENT; a user whose status is not 0 gets zeros. Entries are
+    copied with their mass decayed; those that recent events enter are written over, by way of moments. Every number of
+    the tensors is written.
     """
     groups, heads, rates = rate_GPR.shape
     codewords, width = mean_BHKRD.shape[2], mean_BHKRD.shape[4]
+    mass_X, mean_X, mean_address = mass_BHKR.reshape(-1), mean_BHKRD.reshape(-1), mean_BHKRD.ctypes.data
     moment = np.zeros((groups * codewords, heads, rates, 1 + width))
     gross = np.zeros((groups * codewords, heads, rates))
     net = np.zeros(groups * codewords, np.int64)
@@ -183,37 +185,46 @@ def _dense_loop(
                 for r in range(rates):
                     decay_GPR[g, p, r] = np.exp(-rate_GPR[g, p, r] * age_ms)
         codes, nets, masses, means = place.codes, place.nets, place.masses, place.means
-        next_code = g = 0
-        for n in range(place.entries):
+        done = n = 0
+        while n < place.entries:
             code = np.int64(load_u16(codes + 2 * n))
-            if code > next_code:
-                _clear(mass_BHKR, mean_BHKRD, b, next_code, code, heads)
-            next_code = code + 1
-            # Codes rise, which spares a division for each.
-            while code >= (g + 1) * codewords:
-                g += 1
-            k, moved = code - g * codewords, touched[code]
-            if moved:
-                net[code] = load_i32(nets + 4 * n)
+            g = code // codewords
+            # Neighbours of a group lie side by side on both sides, if the group has one head.
+            run = 1
+            while (
+                heads == 1
+                and n + run < place.entries
+                and code + run < (g + 1) * codewords
+                and load_u16(codes + 2 * (n + run)) == code + run
+            ):
+                run += 1
+            _clear(mass_BHKR, mean_BHKRD, b, done, code, heads)
+            done = code + run
             for p in range(heads):
-                for r in range(rates):
-                    at, h = (n * heads + p) * rates + r, g * heads + p
-                    mean = means + 4 * width * at
-                    mass = load_f32(masses + 4 * at) * decay_GPR[g, p, r]
-                    if moved:
-                        moment[code, p, r, 0] = mass
-                        gross[code, p, r] = abs(mass)
+                at, h = (n * heads + p) * rates, g * heads + p
+                to = ((b * groups * heads + h) * codewords + code - g * codewords) * rates
+                copy(mean_address + 4 * width * to, means + 4 * width * at, 4 * width * run * rates)
+                for m in range(run * rates):
+                    mass = load_f32(masses + 4 * (at + m)) * decay_GPR[g, p, m % rates]
+                    if abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED):
+                        mass = 0.0
                         for d in range(width):
-                            moment[code, p, r, 1 + d] = mass * load_f32(mean + 4 * d)
-                    elif abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED):
-                        mass_BHKR[b, h, k, r] = 0.0
-                        for d in range(width):
-                            mean_BHKRD[b, h, k, r, d] = 0.0
-                    else:
-                        mass_BHKR[b, h, k, r] = mass
-                        for d in range(width):
-                            mean_BHKRD[b, h, k, r, d] = load_f32(mean + 4 * d)
-        _clear(mass_BHKR, mean_BHKRD, b, next_code, groups * codewords, heads)
+                            mean_X[width * (to + m) + d] = 0.0
+                    mass_X[to + m] = mass
+            for m in range(n, n + run):
+                moved = code + m - n
+                if touched[moved]:
+                    net[moved] = load_i32(nets + 4 * m)
+                    for p in range(heads):
+                        for r in range(rates):
+                            at = (m * heads + p) * rates + r
+                            mass = load_f32(masses + 4 * at) * decay_GPR[g, p, r]
+                            moment[moved, p, r, 0] = mass
+                            gross[moved, p, r] = abs(mass)
+                            for d in range(width):
+                                moment[moved, p, r, 1 + d] = mass * load_f32(means + 4 * (width * at + d))
+            n += run
+        _clear(mass_BHKR, mean_BHKRD, b, done, groups * codewords, heads)
         for n in range(first, last):
             item, action, weight = event_N[n].item, event_N[n].action, event_N[n].weight
             for h in range(groups * heads):
@@ -232,10 +243,14 @@ def _dense_loop(
             for p in range(heads):
                 for r in range(rates):
                     mass, h = moment[code, p, r, 0], g * heads + p
-                    alive = abs(np.float32(mass)) >= np.float32(VANISHED)
-                    mass_BHKR[b, h, k, r] = mass if alive else 0.0
-                    for d in range(width):
-                        mean_BHKRD[b, h, k, r, d] = moment[code, p, r, 1 + d] / mass if alive else 0.0
+                    if abs(np.float32(mass)) >= np.float32(VANISHED):
+                        mass_BHKR[b, h, k, r] = mass
+                        for d in range(width):
+                            mean_BHKRD[b, h, k, r, d] = moment[code, p, r, 1 + d] / mass
+                    else:
+                        mass_BHKR[b, h, k, r] = 0.0
+                        for d in range(width):
+                            mean_BHKRD[b, h, k, r, d] = 0.0
         reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
+from llvmlite import ir
 from numba import types
+from numba.core.cgutils import raw_memcpy
 from numba.extending import intrinsic
 
 assert sys.byteorder == "little", "rows are little-endian, and compiled code reads them as they are"
@@ -36,6 +38,21 @@ def _load(number: Any) -> Callable[[int], Any]:
     return intrinsic(unwrap(typed))
 
 
+def _copy():
+    def typed(typing_context, to, source, size_bytes):
+        def generate(context, builder, signature, arguments):
+            bytes_pointer = ir.IntType(8).as_pointer()
+            to_pointer, from_pointer = (builder.inttoptr(each, bytes_pointer) for each in arguments[:2])
+            raw_memcpy(builder, to_pointer, from_pointer, arguments[2], 1)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    return intrinsic(unwrap(typed))
+
+
+# copy(to, source, size_bytes)
+copy = _copy()
 load_u16, load_u32, load_u64 = _load(types.uint16), _load(types.uint32), _load(types.uint64)
 load_i64, load_f32 = _load(types.int64), _load(types.float32)
 load_i32 = _load(types.int32)
