@@ -31,7 +31,7 @@ from feature_repo.reader_metrics import ReaderMetrics
 from feature_repo.store import RowStore
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
-from models.dense_caches import dense_caches, placed
+from models.dense_caches import DenseCaches, dense_caches, placed
 from models.errors import ForeignRowError, StoreError, UnavailableError, WireError
 from models.row import Fold, Row, RowBytes, decode_row
 from models.row_places import ABSENT as NO_ROW
@@ -47,8 +47,8 @@ _REASONS = {NO_ROW: ABSENT, BAD_ROW: DAMAGED, FOREIGN_ROW: FOREIGN}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReadLimits:
-    """deadline_s: how long a call waits for the store. None: as long as the store's own settings let it, and a store
-    that is away is an UnavailableError: so tools have it, which would rather fail than miss a user.
+    """deadline_s: how long a call waits for the store's rows, as tensors. None: as long as the store's settings let
+    it, and a store that is away is an UnavailableError: so tools have it, which would rather fail than miss a user.
 
     kept_bytes, kept_s: of the rows read last. waiting_max: calls that may wait for the store at once, those that were
     given up included; beyond, a call is late at once.
@@ -82,9 +82,10 @@ class Read:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Fetched:
-    """Rows where they lie, and which users have one that is not the store's; `absent` says what having none means."""
+    """Caches, and which users have one that is not the store's; `absent` says what having none means."""
 
-    places: RowPlaces
+    status_B: np.ndarray
+    dense: DenseCaches
     stale: dict[str, str]
     absent: str = ABSENT
 
@@ -141,7 +142,7 @@ class Reader:
         return self._answer(user_ids, fetched, started_s)
 
     async def read_async(self, user_ids: Sequence[str]) -> Read:
-        """`read` for an event loop, which is free while the store is waited for, and not while tensors are made."""
+        """`read` for an event loop, which is free meanwhile."""
         started_s = time.perf_counter()
         try:
             asked = self._ask(user_ids)
@@ -174,7 +175,10 @@ class Reader:
         self.rows.close()
 
     def _ask(self, user_ids: Sequence[str]) -> Future[_Fetched] | None:
-        """Have a thread fetch the rows; None when as many as may wait already do."""
+        """Have a thread make the caches; None when as many as may wait already do.
+
+        The tensors too: made by the thread that received the rows, whose core has them in its cache.
+        """
         if not self._waiting.acquire(blocking=False):
             return None
         asked = self._threads.submit(self._fetch, list(user_ids))
@@ -182,7 +186,7 @@ class Reader:
         return asked
 
     def _fetch(self, user_ids: Sequence[str]) -> _Fetched:
-        """The rows from the store. Who waited for them may have gone: then they are at least kept for the next call."""
+        """The caches from the store's rows. Who waited may have gone: then the rows are at least kept."""
         using = self.fold
         try:
             self._require_begun()
@@ -200,7 +204,11 @@ class Reader:
                 rows[b] = row or rows[b]
             places = placed(rows, using)
         self._refusal = None
-        return _Fetched(places=places, stale={user_ids[b]: REGRESSED for b in behind})
+        return self._scattered(places, using, {user_ids[b]: REGRESSED for b in behind})
+
+    def _scattered(self, places: RowPlaces, using: Fold, stale: dict[str, str], absent: str = ABSENT) -> _Fetched:
+        dense = dense_caches(places, using, self.device)
+        return _Fetched(status_B=places.place_B["status"], dense=dense, stale=stale, absent=absent)
 
     def _require_begun(self) -> None:
         if self._begun:
@@ -224,8 +232,7 @@ class Reader:
             self._threads.submit(self._opened.look)
         if fetched is None:
             fetched = self._last_read(user_ids)
-        caches, unknown_B = dense_caches(fetched.places, self.fold, self.device)
-        status_B = fetched.places.place_B["status"]
+        (caches, unknown_B), status_B = fetched.dense, fetched.status_B
         missing = {
             user_ids[b]: fetched.absent if status_B[b] == NO_ROW else _REASONS[int(status_B[b])]
             for b in np.flatnonzero(status_B != SOUND)
@@ -241,7 +248,8 @@ class Reader:
             raise StoreError(str(self._refusal))
         rows = self._kept.get(user_ids)
         stale = {user_id: LATE for user_id, row in zip(user_ids, rows, strict=True) if row is not None}
-        return _Fetched(places=placed(rows, self.fold), stale=stale, absent=LATE)
+        using = self.fold
+        return self._scattered(placed(rows, using), using, stale, LATE)
 
 
 def _outcomes(user_ids: Sequence[str], read: Read) -> dict[str, int]:

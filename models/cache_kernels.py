@@ -11,13 +11,14 @@ import numba
 import numpy as np
 
 from models.item_table import UNKNOWN
-from models.memory import copy, load_f32, load_i32, load_u16
+from models.memory import copy, load_f32, load_i32, load_u16, prefetch
 
 # A sum this much smaller than its terms is rounding error of float32 terms, not mass; where the net count says that
 # every event met its retraction, the rounding of many folds may have added up.
 CANCELLED, CANCELLED_WHOLLY = 1e-6, 1e-3
 # Below this a mass is flushed: it is 30 orders under the newest event's and float32 would go denormal.
 VANISHED = 1e-30
+CACHE_LINE_BYTES = 64
 
 # A row that is somewhere in memory: the addresses of its entries' codes (u16), net counts (i32), masses and means
 # (f32), its recent events' places among those of the batch, and what it says of itself. status 0: it can be used.
@@ -34,27 +35,29 @@ PLACE = np.dtype(
 EVENT = np.dtype([("time_ms", "<i8"), ("item", "<i8"), ("action", "<i4"), ("weight", "<f4")])
 
 
-def _add(moment, gross, code, weight, age_ms, rate_GPR, g, value_HD):
-    """An event enters an entry. By indices into whole arrays: views cost more here than the arithmetic."""
-    heads, rates = rate_GPR.shape[1:]
+def _add(mass_E, gross_E, total_X, code, weight, age_ms, rate_GPR, g, value_HD):
+    """An event enters an entry. Flat arrays and unsigned indices, of which the compiler can make vectors."""
+    heads, rates, width = rate_GPR.shape[1], rate_GPR.shape[2], value_HD.shape[1]
     for p in range(heads):
         for r in range(rates):
             mass = weight * np.exp(-rate_GPR[g, p, r] * age_ms)
-            moment[code, p, r, 0] += mass
-            gross[code, p, r] += abs(mass)
-            for d in range(value_HD.shape[1]):
-                moment[code, p, r, 1 + d] += mass * value_HD[g * heads + p, d]
+            e = np.uint32((code * heads + p) * rates + r)
+            x, h = np.uint32(e * width), np.uint32(g * heads + p)
+            mass_E[e] += mass
+            gross_E[e] += abs(mass)
+            for d in range(width):
+                total_X[x + d] += mass * value_HD[h, d]
 
 
-def _settle(moment, gross, code, net):
-    """What cancelled to rounding error is nothing."""
+def _settle(mass_E, gross_E, total_X, code, net, entries, width):
+    """What cancelled to rounding error is nothing. `entries` are of one code: P x R."""
     error = CANCELLED_WHOLLY if net == 0 else CANCELLED
-    for p in range(gross.shape[1]):
-        for r in range(gross.shape[2]):
-            mass = abs(moment[code, p, r, 0])
-            if mass <= error * gross[code, p, r] or mass < VANISHED:
-                for s in range(moment.shape[3]):
-                    moment[code, p, r, s] = 0.0
+    for m in range(entries):
+        e = np.uint32(code * entries + m)
+        if abs(mass_E[e]) <= error * gross_E[e] or abs(mass_E[e]) < VANISHED:
+            mass_E[e] = 0.0
+            for d in range(width):
+                total_X[np.uint32(e * width) + d] = 0.0
 
 
 _add, _settle = (numba.njit(cache=True)(unwrap(each)) for each in (_add, _settle))
@@ -73,36 +76,44 @@ def _fold_loop(
     rate_GPR,
     codewords,
 ):
-    """Scatter the state and the events into dense moments, then gather the touched codewords in order."""
+    """Scatter the state and the events into dense sums, then gather the touched codewords in order."""
     groups, heads, rates = rate_GPR.shape
-    width = mean_NPRD.shape[3]
-    moment = np.zeros((groups * codewords, heads, rates, 1 + width))
-    gross = np.zeros((groups * codewords, heads, rates))
+    width, entries = mean_NPRD.shape[3], heads * rates
+    mass_E, gross_E = np.zeros(groups * codewords * entries), np.zeros(groups * codewords * entries)
+    total_X = np.zeros(groups * codewords * entries * width)
     net = np.zeros(groups * codewords, np.int64)
     touched = np.zeros(groups * codewords, np.bool_)
     for n in range(code_N.shape[0]):
-        code = code_N[n]
+        code = np.int64(code_N[n])
         touched[code] = True
         net[code] = net_N[n]
         for p in range(heads):
             for r in range(rates):
                 mass = mass_NPR[n, p, r] * np.exp(-rate_GPR[code // codewords, p, r] * age_ms)
-                moment[code, p, r, 0] = mass
-                gross[code, p, r] = abs(mass)
+                e = np.uint32((code * heads + p) * rates + r)
+                mass_E[e], gross_E[e] = mass, abs(mass)
                 for d in range(width):
-                    moment[code, p, r, 1 + d] = mass * mean_NPRD[n, p, r, d]
+                    total_X[np.uint32(e * width) + d] = mass * mean_NPRD[n, p, r, d]
+    value_HD = np.empty((groups * heads, width))
     for n in range(event_code_NG.shape[0]):
         weight, age_ms = event_weight_N[n], event_age_ms_N[n]
-        value_HD = event_value_NHD[n]
+        value_HD[:] = event_value_NHD[n]
         for g in range(groups):
-            code = g * codewords + event_code_NG[n, g]
+            code = g * codewords + np.int64(event_code_NG[n, g])
             touched[code] = True
             net[code] += 1 if weight > 0 else -1
-            _add(moment, gross, code, weight, age_ms, rate_GPR, g, value_HD)
+            _add(mass_E, gross_E, total_X, code, weight, age_ms, rate_GPR, g, value_HD)
     codes = np.flatnonzero(touched)
-    for code in codes:
-        _settle(moment, gross, code, net[code])
-    return codes, net[codes], moment[codes]
+    moment = np.empty((codes.shape[0], heads, rates, 1 + width))
+    for n, code in enumerate(codes):
+        _settle(mass_E, gross_E, total_X, code, net[code], entries, width)
+        for p in range(heads):
+            for r in range(rates):
+                e = np.uint32((code * heads + p) * rates + r)
+                moment[n, p, r, 0] = mass_E[e]
+                for d in range(width):
+                    moment[n, p, r, 1 + d] = total_X[np.uint32(e * width) + d]
+    return codes, net[codes], moment
 
 
 # unwrap: in tests the functions of this module carry run-time shape checks, which numba cannot compile.
@@ -146,13 +157,15 @@ def _dense_loop(
     groups, heads, rates = rate_GPR.shape
     codewords, width = mean_BHKRD.shape[2], mean_BHKRD.shape[4]
     mass_X, mean_X, mean_address = mass_BHKR.reshape(-1), mean_BHKRD.reshape(-1), mean_BHKRD.ctypes.data
-    moment = np.zeros((groups * codewords, heads, rates, 1 + width))
-    gross = np.zeros((groups * codewords, heads, rates))
+    entries = heads * rates
+    mass_E, gross_E = np.zeros(groups * codewords * entries), np.zeros(groups * codewords * entries)
+    total_X = np.zeros(groups * codewords * entries * width)
     net = np.zeros(groups * codewords, np.int64)
     touched = np.zeros(groups * codewords, np.bool_)
     touched_N = np.empty(groups * codewords, np.int64)
     decay_GPR = np.empty((groups, heads, rates))
-    value_HD = np.empty((groups * heads, width), np.float32)
+    value_HD = np.empty((groups * heads, width))
+    value_address, value_bytes = value_MHD.ctypes.data, 4 * groups * heads * width
     for b in range(place_B.shape[0]):
         place = place_B[b]
         reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
@@ -167,18 +180,20 @@ def _dense_loop(
                 event_N[n].item = UNKNOWN
                 unknown_B[b] += 1
             item = event_N[n].item
+            for line in range(0, value_bytes, CACHE_LINE_BYTES):
+                prefetch(value_address + item * value_bytes + line)
             for g in range(groups):
-                code = g * codewords + code_MG[item, g]
+                code = g * codewords + np.int64(code_MG[item, g])
                 if not touched[code]:
                     touched[code] = True
                     touched_N[touched_count] = code
                     touched_count += 1
                     net[code] = 0
-                    for p in range(heads):
-                        for r in range(rates):
-                            gross[code, p, r] = 0.0
-                            for s in range(1 + width):
-                                moment[code, p, r, s] = 0.0
+                    for m in range(entries):
+                        e = np.uint32(code * entries + m)
+                        mass_E[e] = gross_E[e] = 0.0
+                        for d in range(width):
+                            total_X[np.uint32(e * width) + d] = 0.0
         age_ms = reference_ms - place.reference_ms
         for g in range(groups):
             for p in range(heads):
@@ -219,10 +234,10 @@ def _dense_loop(
                         for r in range(rates):
                             at = (m * heads + p) * rates + r
                             mass = load_f32(masses + 4 * at) * decay_GPR[g, p, r]
-                            moment[moved, p, r, 0] = mass
-                            gross[moved, p, r] = abs(mass)
+                            e = np.uint32((moved * heads + p) * rates + r)
+                            mass_E[e], gross_E[e] = mass, abs(mass)
                             for d in range(width):
-                                moment[moved, p, r, 1 + d] = mass * load_f32(means + 4 * (width * at + d))
+                                total_X[np.uint32(e * width) + d] = mass * load_f32(means + 4 * (width * at + d))
             n += run
         _clear(mass_BHKR, mean_BHKRD, b, done, groups * codewords, heads)
         for n in range(first, last):
@@ -232,25 +247,27 @@ def _dense_loop(
                     value_HD[h, d] = value_MHD[item, h, d] + action_value_AHD[action, h, d]
             event_age_ms = reference_ms - event_N[n].time_ms
             for g in range(groups):
-                code = g * codewords + code_MG[item, g]
+                code = g * codewords + np.int64(code_MG[item, g])
                 net[code] += 1 if weight > 0 else -1
-                _add(moment, gross, code, weight, event_age_ms, rate_GPR, g, value_HD)
+                _add(mass_E, gross_E, total_X, code, weight, event_age_ms, rate_GPR, g, value_HD)
         for n in range(touched_count):
             code = touched_N[n]
             touched[code] = False
-            _settle(moment, gross, code, net[code])
+            _settle(mass_E, gross_E, total_X, code, net[code], entries, width)
             g, k = code // codewords, code % codewords
             for p in range(heads):
                 for r in range(rates):
-                    mass, h = moment[code, p, r, 0], g * heads + p
+                    e = np.uint32((code * heads + p) * rates + r)
+                    to = np.uint32((((b * groups + g) * heads + p) * codewords + k) * rates + r)
+                    mass, x, y = mass_E[e], np.uint32(e * width), np.int64(to) * width
                     if abs(np.float32(mass)) >= np.float32(VANISHED):
-                        mass_BHKR[b, h, k, r] = mass
+                        mass_X[to] = mass
                         for d in range(width):
-                            mean_BHKRD[b, h, k, r, d] = moment[code, p, r, 1 + d] / mass
+                            mean_X[y + d] = total_X[x + d] / mass
                     else:
-                        mass_BHKR[b, h, k, r] = 0.0
+                        mass_X[to] = 0.0
                         for d in range(width):
-                            mean_BHKRD[b, h, k, r, d] = 0.0
+                            mean_X[y + d] = 0.0
         reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
 
 

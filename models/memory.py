@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 from llvmlite import ir
 from numba import types
-from numba.core.cgutils import raw_memcpy
+from numba.core.cgutils import get_or_insert_function, raw_memcpy
 from numba.extending import intrinsic
 
 assert sys.byteorder == "little", "rows are little-endian, and compiled code reads them as they are"
@@ -51,8 +51,24 @@ def _copy():
     return intrinsic(unwrap(typed))
 
 
-# copy(to, source, size_bytes)
-copy = _copy()
+def _prefetch():
+    def typed(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+            number = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+            prefetch = get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+            # For reading, to be kept, data.
+            builder.call(prefetch, [pointer, number(0), number(3), number(1)])
+            return context.get_dummy_value()
+
+        return types.void(types.int64), generate
+
+    return intrinsic(unwrap(typed))
+
+
+# copy(to, source, size_bytes); prefetch(address): it will be read soon, wherever it is
+copy, prefetch = _copy(), _prefetch()
 load_u16, load_u32, load_u64 = _load(types.uint16), _load(types.uint32), _load(types.uint64)
 load_i64, load_f32 = _load(types.int64), _load(types.float32)
 load_i32 = _load(types.int32)
