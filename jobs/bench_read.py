@@ -2,7 +2,8 @@
 
 All sides read the same users from the same redis-server in turns, so that what else the machine does strikes them
 alike. The server runs on the same cores. The multi-get is the floor: it gives strings and checks nothing. Feast's
-`get_online_features` gives the same bytes by its own API, on the product's own store, and makes no tensors.
+`get_online_features` gives the same bytes by its own API, on the product's own store, and makes no tensors; the same
+with each row decoded and folded by itself (feast_to_tensors) does what the reader does.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ from models.attention import CacheBatch
 from models.checkpoint import Checkpoint, Sizes
 from models.dense_caches import dense_caches, placed
 from models.errors import VqlError
-from models.row import Row, whole_cache
+from models.row import Fold, Row, RowBytes, decode_row, whole_cache
 
 BATCHES = (1, 10, 100, 500)
 FLOOR, READER, FEAST, CODEWORDS = "multi_get", "reader", "feast", "feature_per_codeword"
+FEAST_TENSORS = "feast_to_tensors"
 # Of so many calls of the other sides, these have one: they take many times longer.
-ONE_IN = {FLOOR: 1, READER: 1, FEAST: 5, CODEWORDS: 20}
+ONE_IN = {FLOOR: 1, READER: 1, FEAST: 5, FEAST_TENSORS: 10, CODEWORDS: 20}
 STRINGS_DATABASE, CODEWORDS_DATABASE = 1, 2
 DEADLINE_S = 5.0
 WARM_CALLS = 5
@@ -69,6 +71,7 @@ class BatchFigures(msgspec.Struct, frozen=True, kw_only=True):
     sides: dict[str, Latency]
     reader_over_multi_get: float
     feast_over_reader: float
+    feast_to_tensors_over_reader: float
     codewords_over_reader: float
 
 
@@ -140,10 +143,12 @@ def _sides(
     codewords.store_codewords(rows)
     console.print("importing Feast", style="dim")
     with _environment(VQL_REDIS_URL=server.url, VQL_STATE=str(folder)):
+        feast = _feast(folder, checkpoint.checkpoint_id)
         sides = {
             FLOOR: strings.read_strings,
             READER: reader.read,
-            FEAST: _feast(folder, checkpoint.checkpoint_id),
+            FEAST: feast,
+            FEAST_TENSORS: lambda user_ids: _plain_tensors(feast(user_ids).to_dict(), opened.fold),
             CODEWORDS: codewords.read_codewords,
         }
         try:
@@ -154,7 +159,14 @@ def _sides(
             codewords.client.close()
 
 
-def _feast(state: Path, checkpoint_id: str) -> Side:
+def _plain_tensors(served: Mapping[str, Any], using: Fold) -> CacheBatch:
+    """What Feast answers as tensors, a row at a time."""
+    pairs = zip(served["folded"], served["recent"], strict=True)
+    rows = [decode_row(RowBytes(folded=folded, recent=recent), using.spec) for folded, recent in pairs]
+    return CacheBatch.of(using.spec, [whole_cache(row, using) for row in rows])
+
+
+def _feast(state: Path, checkpoint_id: str) -> Callable[[Sequence[str]], Any]:
     """Feast's own way to the same bytes, without a conversion of what it answers."""
     from feature_repo.repo import open_repo, register
     from feature_repo.views import service_name
@@ -197,6 +209,7 @@ def _measure(sides: Mapping[str, Side], user_ids: Sequence[str], batch: int, cal
         sides=found,
         reader_over_multi_get=round(reader / found[FLOOR].p50_ms, 2),
         feast_over_reader=round(found[FEAST].p50_ms / reader, 2),
+        feast_to_tensors_over_reader=round(found[FEAST_TENSORS].p50_ms / reader, 2),
         codewords_over_reader=round(found[CODEWORDS].p50_ms / reader, 2),
     )
 
@@ -252,8 +265,9 @@ def table_rows(figures: Mapping[str, Any]) -> dict[str, list[str]]:
     batches: list[BatchFigures] = list(figures["batches"].values())
     rows = {
         f"{side}, p50, p99 (ms)": [f"{b.sides[side].p50_ms:.2f}, {b.sides[side].p99_ms:.2f}" for b in batches]
-        for side in (FLOOR, READER, FEAST, CODEWORDS)
+        for side in (FLOOR, READER, FEAST, FEAST_TENSORS, CODEWORDS)
     }
     rows["reader / multi_get"] = [f"{b.reader_over_multi_get:.2f}" for b in batches]
     rows["feast / reader"] = [f"{b.feast_over_reader:.1f}" for b in batches]
+    rows["feast_to_tensors / reader"] = [f"{b.feast_to_tensors_over_reader:.1f}" for b in batches]
     return rows

@@ -60,7 +60,8 @@ def _settle(mass_E, gross_E, total_X, code, net, entries, width):
                 total_X[np.uint32(e * width) + d] = 0.0
 
 
-_add, _settle = (numba.njit(cache=True)(unwrap(each)) for each in (_add, _settle))
+# Inlined, because a call passes each array as ten arguments.
+_add, _settle = (numba.njit(inline="always")(unwrap(each)) for each in (_add, _settle))
 
 
 def _fold_loop(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jobs.bench_load import random_checkpoint
-from jobs.bench_read import BATCHES, CODEWORDS, FEAST, FLOOR, READER
+from jobs.bench_read import BATCHES, CODEWORDS, FEAST, FEAST_TENSORS, FLOOR, READER
 from jobs.bench_read_rows import EVENTS_MAX, EVENTS_MIN, realistic_rows
 from models.checkpoint import Sizes
 from tests.jobs.commands import assert_one_line
@@ -30,7 +30,7 @@ def test_a_small_run_gives_every_figure(vql, tmp_path: Path) -> None:
     figures = json.loads(output.read_text())
     assert figures["batches"].keys() == {str(batch) for batch in BATCHES}
     for batch in figures["batches"].values():
-        assert batch["sides"].keys() == {FLOOR, READER, FEAST, CODEWORDS}
+        assert batch["sides"].keys() == {FLOOR, READER, FEAST, FEAST_TENSORS, CODEWORDS}
         for side in batch["sides"].values():
             assert 0 < side["p50_ms"] <= side["p99_ms"]
         assert batch["reader_over_multi_get"] > 0
