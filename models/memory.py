@@ -24,7 +24,7 @@ assert sys.byteorder == "little", "rows are little-endian, and compiled code rea
 def addresses(parts: Sequence[bytes]) -> Int64[np.ndarray, "N"]:
     """Where each part's bytes begin; they stay there for as long as the part lives."""
     pointers = (ctypes.c_char_p * len(parts))(*parts)
-    return np.frombuffer(pointers, np.int64) if parts else np.empty(0, np.int64)
+    return np.frombuffer(memoryview(pointers), np.int64) if parts else np.empty(0, np.int64)
 
 
 def _load(number: Any) -> Callable[[int], Any]:

@@ -38,17 +38,18 @@ from models.wire import (
     SOUND_CRC,
     U16,
     VERSION,
+    offset_in,
 )
 
 SOUND, DAMAGED, FOREIGN, ABSENT = 0, 1, 2, 3
 
-_AT = {name: offset for name, (_, offset) in RECENT_HEAD.fields.items()}
+_AT = {name: offset_in(RECENT_HEAD, name) for name in RECENT_HEAD.names or ()}
 _VERSION_AT, _SECTIONS_AT, _IDENTITY_AT = _AT["version"], _AT["sections"], _AT["checkpoint"]
 _EPOCH_AT, _OFFSET_AT, _REVISION_AT = _AT["epoch"], _AT["offset"], _AT["revision"]
 _REFERENCE_AT, _COUNT_AT = _AT["reference_ms"], _AT["event_count"]
 _DTYPE_AT, _ITEMS_AT, _SIZE_AT = (_AT[name] - HEADER_BYTES for name in ("dtype", "items", "size_bytes"))
 _FOLDED_WORD, _RECENT_WORD = (int.from_bytes(magic, "little") for magic in (FOLDED_MAGIC, RECENT_MAGIC))
-_TIME_AT, _ITEM_AT, _WEIGHT_AT = (RECENT.fields[name][1] for name in ("time", "item", "weight"))
+_TIME_AT, _ITEM_AT, _WEIGHT_AT = (offset_in(RECENT, name) for name in ("time", "item", "weight"))
 _RECORD_BYTES = RECENT.itemsize
 
 

@@ -74,6 +74,12 @@ HEADER_BYTES, SECTION_BYTES, CRC_BYTES = _HEADER.size, _SECTION.size, _CRC.size
 SOUND_CRC = google_crc32c.value(_CRC.pack(google_crc32c.value(b"")))
 
 
+def offset_in(record: np.dtype, field: str) -> int:
+    """Where a field of RECENT or RECENT_HEAD begins, in bytes."""
+    offsets = {name: place[1] for name, place in (record.fields or {}).items()}
+    return offsets[field]
+
+
 class Stamp(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The log position up to which a row is complete. Rows are ordered by (epoch, offset, revision)."""
 
