@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -21,6 +21,8 @@ from models.errors import InputError
 
 PACKAGED_REPO = Path(__file__).parent
 FENCED_STORE = "feature_repo.online_store.FencedOnlineStore"
+# A connection has to be made in this time too, which may take longer than a ranker waits for rows.
+READ_TIMEOUT_S_MIN = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +39,13 @@ class StoreHandle:
     def open(self) -> RowStore:
         """Raises InputError for an unusable feature_store.yaml or a secret's file that cannot be read."""
         return open_rows(read_config(self.state, self.repo)["online_store"], self.redis)
+
+    def for_reader(self, deadline_s: float) -> StoreHandle:
+        """The same store for a reader that waits so long: calls that it has given up end soon, and are not repeated."""
+        if self.redis is None:
+            return self
+        timeout_s = min(self.redis.timeout_s, max(READ_TIMEOUT_S_MIN, 2 * deadline_s))
+        return replace(self, redis=self.redis.model_copy(update={"timeout_s": timeout_s, "retries": 0}))
 
 
 def read_config(state: Path, repo: Path = PACKAGED_REPO) -> dict[str, Any]:

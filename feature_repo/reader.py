@@ -1,36 +1,78 @@
-"""What a ranker calls: user ids in, a dense batch of caches out, in one read of the store."""
+"""What a ranker calls: user ids in, a dense batch of caches out, in one read of the store and within a deadline.
+
+The bytes of all rows are checked where they lie, and scattered into tensors with the recent events folded in by one
+compiled call (`models.dense_caches`). A user whose row is absent (or expired), damaged, or another checkpoint's is
+masked, for a reason that is named and counted; the others do not notice.
+
+A store that is slower than the deadline, or away, makes no error: users get the rows that were read last, flagged, or
+are masked as "late". A store that is lost is another matter: empty, it would make every user new. It is refused until
+it holds a backfill or committed positions, and what was read from the lost one is forgotten.
+
+The store is asked by a thread in both forms, `read` and `read_async`, because only so the deadline bounds the whole
+call: a socket's timeout is for each of its many receives, and begins anew with every part of a slow answer.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import numpy as np
-from msgspec.structs import replace
+import torch
 
+from feature_repo.kept_rows import KeptRows
+from feature_repo.opened import Opened
+from feature_repo.reader_metrics import ReaderMetrics
 from feature_repo.store import RowStore
 from models.attention import CacheBatch
-from models.cache import Cache
 from models.checkpoint import Checkpoint
-from models.errors import ForeignRowError, MismatchError, WireError
-from models.item_table import UNKNOWN
-from models.row import Fold, Row, RowBytes, decode_row, whole_cache
+from models.dense_caches import DenseCaches, dense_caches, placed
+from models.errors import ForeignRowError, StoreError, UnavailableError, WireError
+from models.row import Fold, Row, RowBytes, decode_row
+from models.row_places import ABSENT as NO_ROW
+from models.row_places import DAMAGED as BAD_ROW
+from models.row_places import FOREIGN as FOREIGN_ROW
+from models.row_places import SOUND, RowPlaces
 
-ABSENT, DAMAGED, FOREIGN = "absent", "damaged", "foreign"
+FRESH = "fresh"
+ABSENT, DAMAGED, FOREIGN, LATE = "absent", "damaged", "foreign", "late"
+REGRESSED = "regressed"
+_REASONS = {NO_ROW: ABSENT, BAD_ROW: DAMAGED, FOREIGN_ROW: FOREIGN}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadLimits:
+    """deadline_s: how long a call waits for the store's rows, as tensors. None: as long as the store's settings let
+    it, and a store that is away is an UnavailableError: so tools have it, which would rather fail than miss a user.
+
+    kept_bytes, kept_s: of the rows read last. waiting_max: calls that may wait for the store at once, those that were
+    given up included; beyond, a call is late at once.
+    """
+
+    deadline_s: float | None = None
+    kept_bytes: int = 256 << 20
+    kept_s: float = 300.0
+    waiting_max: int = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Read:
-    """The caches in the order asked for, and why some users have none: "absent", "damaged" or "foreign".
+    """The caches in the order asked for; why some users have none, and why some have the row that was read last.
 
+    missing: "absent", "damaged", "foreign" or "late". stale: "late", or "regressed" where the store's row was older.
     unknown_items counts recent events whose item the reader's table does not hold yet; they were read as the unknown
-    item. Open the checkpoint again when it grows.
+    item.
     """
 
     caches: CacheBatch
     missing: dict[str, str]
-    unknown_items: int
+    stale: dict[str, str] = field(default_factory=dict)
+    unknown_items: int = 0
 
     @property
     def missing_counts(self) -> Counter[str]:
@@ -38,67 +80,192 @@ class Read:
         return Counter(self.missing.values())
 
 
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """Reads the caches of one checkpoint. Safe to share between threads.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fetched:
+    """Caches, and which users have one that is not the store's; `absent` says what having none means."""
 
-    Raises MismatchError when `fold` was made from another checkpoint.
+    status_B: np.ndarray
+    dense: DenseCaches
+    stale: dict[str, str]
+    absent: str = ABSENT
+
+
+class Reader:
+    """Reads the caches of one checkpoint from a store of its own. Safe to share between threads; not after a fork.
+
+    Its calls raise StoreError while the store is lost or not filled, UnavailableError only without a deadline, and
+    InputError for a user id that is not Unicode text.
     """
 
-    rows: RowStore
-    checkpoint: Checkpoint
-    fold: Fold
+    def __init__(
+        self,
+        rows: RowStore,
+        opened: Opened,
+        limits: ReadLimits = ReadLimits(),
+        device: torch.device | str = "cpu",
+        metrics: ReaderMetrics | None = None,
+    ) -> None:
+        self.rows, self.limits, self.device = rows, limits, torch.device(device)
+        self.metrics = ReaderMetrics() if metrics is None else metrics
+        self._opened = opened
+        self._kept = KeptRows(limits.kept_bytes, limits.kept_s)
+        self._threads = ThreadPoolExecutor(limits.waiting_max + 1, thread_name_prefix="vql-reader")
+        self._waiting = threading.Semaphore(limits.waiting_max)
+        self._begun = False
+        self._refusal: StoreError | None = None
 
-    def __post_init__(self) -> None:
-        if self.fold.spec.checkpoint_id != self.checkpoint.checkpoint_id:
-            raise MismatchError(
-                f"the fold belongs to checkpoint {self.fold.spec.checkpoint_id}, not {self.checkpoint.checkpoint_id}"
-            )
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self._opened.checkpoint
+
+    @property
+    def fold(self) -> Fold:
+        """With the item table as it was loaded last."""
+        return self._opened.loaded
 
     def read(self, user_ids: Sequence[str]) -> Read:
-        """The caches of these users, recent events folded in; one bad row does not disturb the others."""
-        rows, missing = self.read_rows(user_ids)
-        unknown_items = 0
-        caches: list[Cache | None] = [None] * len(rows)
-        for b, row in enumerate(rows):
-            if row is None:
-                continue
-            readable, unknown = self._within_table(row)
-            try:
-                caches[b] = whole_cache(readable, self.fold)
-            except WireError:
-                missing[user_ids[b]] = DAMAGED
-                continue
-            unknown_items += unknown
-        return Read(caches=CacheBatch.of(self.fold.spec, caches), missing=missing, unknown_items=unknown_items)
+        """The caches of these users, recent events folded in."""
+        started_s = time.perf_counter()
+        try:
+            if self.limits.deadline_s is None:
+                fetched = self._fetch(user_ids)
+            else:
+                asked = self._ask(user_ids)
+                fetched = None if asked is None else asked.result(self.limits.deadline_s)
+        except (TimeoutError, UnavailableError):
+            if self.limits.deadline_s is None:
+                raise
+            fetched = None
+        except StoreError:
+            self.metrics.refuse()
+            raise
+        return self._answer(user_ids, fetched, started_s)
+
+    async def read_async(self, user_ids: Sequence[str]) -> Read:
+        """`read` for an event loop, which is free meanwhile."""
+        started_s = time.perf_counter()
+        try:
+            asked = self._ask(user_ids)
+            waited = None if asked is None else asyncio.wrap_future(asked)
+            fetched = None if waited is None else await asyncio.wait_for(waited, self.limits.deadline_s)
+        except (TimeoutError, UnavailableError):
+            if self.limits.deadline_s is None:
+                raise
+            fetched = None
+        except StoreError:
+            self.metrics.refuse()
+            raise
+        return self._answer(user_ids, fetched, started_s)
 
     def read_rows(self, user_ids: Sequence[str]) -> tuple[list[Row | None], dict[str, str]]:
-        """The rows as stored (folded part and recent events), and the reason for each user who has none."""
+        """The rows as stored (folded part and recent events), and the reason for each user who has none. For tools."""
         rows: list[Row | None] = []
         missing: dict[str, str] = {}
         stored = self.rows.get_rows(self.checkpoint.checkpoint_id, user_ids)
         for user_id, data in zip(user_ids, stored, strict=True):
-            row, reason = self._decode(data)
+            row, reason = _decoded(data, self.fold)
             rows.append(row)
             if reason is not None:
                 missing[user_id] = reason
         return rows, missing
 
-    def _decode(self, data: RowBytes | None) -> tuple[Row | None, str | None]:
-        if data is None:
-            return None, ABSENT
-        try:
-            return decode_row(data, self.fold.spec), None
-        except ForeignRowError:
-            return None, FOREIGN
-        except WireError:
-            return None, DAMAGED
+    def close(self) -> None:
+        """Give the threads and the store's connections back."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.rows.close()
 
-    def _within_table(self, row: Row) -> tuple[Row, int]:
-        """The writer's item table may have grown since this one was loaded."""
-        beyond_N = row.recent["item"] >= len(self.fold.table)
-        if not beyond_N.any():
-            return row, 0
-        recent = row.recent.copy()
-        recent["item"][beyond_N] = UNKNOWN
-        return replace(row, recent_data=recent.tobytes()), int(np.count_nonzero(beyond_N))
+    def _ask(self, user_ids: Sequence[str]) -> Future[_Fetched] | None:
+        """Have a thread make the caches; None when as many as may wait already do.
+
+        The tensors too: made by the thread that received the rows, whose core has them in its cache.
+        """
+        if not self._waiting.acquire(blocking=False):
+            return None
+        asked = self._threads.submit(self._fetch, list(user_ids))
+        asked.add_done_callback(lambda _: self._waiting.release())
+        return asked
+
+    def _fetch(self, user_ids: Sequence[str]) -> _Fetched:
+        """The caches from the store's rows. Who waited may have gone: then the rows are at least kept."""
+        using = self.fold
+        try:
+            self._require_begun()
+            rows = self.rows.get_rows(using.spec.checkpoint_id, user_ids)
+        except UnavailableError:
+            raise
+        except StoreError as error:
+            self._forget(error)
+            raise
+        places = placed(rows, using)
+        behind = [] if self.limits.deadline_s is None else self._kept.renew(user_ids, rows, places)
+        if behind:
+            kept = self._kept.get([user_ids[b] for b in behind])
+            for b, row in zip(behind, kept, strict=True):
+                rows[b] = row or rows[b]
+            places = placed(rows, using)
+        self._refusal = None
+        return self._scattered(places, using, {user_ids[b]: REGRESSED for b in behind})
+
+    def _scattered(self, places: RowPlaces, using: Fold, stale: dict[str, str], absent: str = ABSENT) -> _Fetched:
+        dense = dense_caches(places, using, self.device)
+        return _Fetched(status_B=places.place_B["status"], dense=dense, stale=stale, absent=absent)
+
+    def _require_begun(self) -> None:
+        if self._begun:
+            return
+        checkpoint_id = self.checkpoint.checkpoint_id
+        if not self.rows.progress(checkpoint_id).begun:
+            raise StoreError(
+                f"the online store holds neither a backfill nor positions of checkpoint {checkpoint_id}: it was "
+                "emptied, or never filled; run vql backfill"
+            )
+        self._begun = True
+
+    def _forget(self, error: StoreError) -> None:
+        """The store is another one than it was: nothing that was read before holds."""
+        self._refusal, self._begun = error, False
+        self._kept.clear()
+        self.rows.close()
+
+    def _answer(self, user_ids: Sequence[str], fetched: _Fetched | None, started_s: float) -> Read:
+        if self._opened.due:
+            self._threads.submit(self._opened.look)
+        if fetched is None:
+            fetched = self._last_read(user_ids)
+        (caches, unknown_B), status_B = fetched.dense, fetched.status_B
+        missing = {
+            user_ids[b]: fetched.absent if status_B[b] == NO_ROW else _REASONS[int(status_B[b])]
+            for b in np.flatnonzero(status_B != SOUND)
+        }
+        read = Read(caches=caches, missing=missing, stale=fetched.stale, unknown_items=int(unknown_B.sum()))
+        self.metrics.read(_outcomes(user_ids, read), read.unknown_items, time.perf_counter() - started_s)
+        return read
+
+    def _last_read(self, user_ids: Sequence[str]) -> _Fetched:
+        """What was read last of these users, for a store that is late. Raises what a late answer of it was, if lost."""
+        if self._refusal is not None:
+            self.metrics.refuse()
+            raise StoreError(str(self._refusal))
+        rows = self._kept.get(user_ids)
+        stale = {user_id: LATE for user_id, row in zip(user_ids, rows, strict=True) if row is not None}
+        using = self.fold
+        return self._scattered(placed(rows, using), using, stale, LATE)
+
+
+def _outcomes(user_ids: Sequence[str], read: Read) -> dict[str, int]:
+    """Users by what became of them, a user that was asked for twice counting twice."""
+    if not read.missing and not read.stale:
+        return {FRESH: len(user_ids)}
+    stale = {user_id: f"stale_{reason}" for user_id, reason in read.stale.items()}
+    return Counter(read.missing.get(user_id) or stale.get(user_id, FRESH) for user_id in user_ids)
+
+
+def _decoded(data: RowBytes | None, using: Fold) -> tuple[Row | None, str | None]:
+    if data is None:
+        return None, ABSENT
+    try:
+        return decode_row(data, using.spec), None
+    except ForeignRowError:
+        return None, FOREIGN
+    except WireError:
+        return None, DAMAGED

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
+GENERATION, CHECKPOINTS = b"vql:{meta}:generation", b"vql:{meta}:checkpoints"
 # Digits of a packed stamp that order it: epoch, offset, revision. The partition follows.
 ORDERED_DIGITS = 39
 

@@ -21,7 +21,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from zlib import crc32
@@ -30,10 +30,12 @@ import msgspec
 
 from feature_repo.redis_link import RedisLink, run_script
 from feature_repo.redis_scripts import (
+    CHECKPOINTS,
     COMMIT_POSITIONS,
     COUNT_ROWS,
     DELETE_ROW,
     DELETE_SOME,
+    GENERATION,
     PUT_ROWS,
     RECORD_BACKFILL,
     SCRIPTS,
@@ -41,7 +43,7 @@ from feature_repo.redis_scripts import (
     Script,
 )
 from feature_repo.redis_settings import RedisSettings
-from feature_repo.store import Backfill, RowPut
+from feature_repo.store import Backfill, Progress, RowPut
 from models.errors import InputError, StoreError
 from models.row import RowBytes
 from models.wire import Stamp
@@ -51,7 +53,9 @@ USERS_PER_READ = 1000
 ROWS_PER_PUT, BYTES_PER_PUT = 2000, 8 << 20
 USERS_PER_DELETE = 200
 TALLY_KEPT_S = 30 * 86_400
-GENERATION, CHECKPOINTS = b"vql:{meta}:generation", b"vql:{meta}:checkpoints"
+
+
+Send = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
 
 
 class RedisRows:
@@ -75,8 +79,9 @@ class RedisRows:
         for start in range(0, len(user_ids), USERS_PER_READ):
             users = [_encoded(user_id) for user_id in user_ids[start : start + USERS_PER_READ]]
             commands = [("HMGET", shards[crc32(user) % SHARDS][1] + user, b"f", b"r") for user in users]
-            found += opened.ask(commands)
-        return [None if folded is None else RowBytes(folded=folded, recent=recent) for folded, recent in found]
+            found += opened.ask(commands, opened.link.fetch)
+        # Half a row is no row of ours; its reader will say so.
+        return [None if f is None else RowBytes(folded=f, recent=r or b"") for f, r in found]
 
     def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
         if not puts:
@@ -123,14 +128,27 @@ class RedisRows:
         )
         return named.decode()
 
+    def progress(self, checkpoint_id: str) -> Progress:
+        commands = [("HGETALL", _positions_key(checkpoint_id)), ("GET", _backfill_key(checkpoint_id))]
+        positions, record = self._open().ask(commands)
+        return Progress(positions=_positions(positions), backfill=_backfill(record))
+
+    def checkpoint_ids(self) -> list[str]:
+        (checkpoint_ids,) = self._open().ask([("SMEMBERS", CHECKPOINTS)])
+        return sorted(checkpoint_id.decode() for checkpoint_id in checkpoint_ids)
+
+    def ask(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The server's answers to commands that change nothing; see `condition`."""
+        return self._open().ask(commands)
+
     # The next two are what a writer asks first: from then on it must notice a loss.
     def positions(self, checkpoint_id: str) -> dict[int, tuple[int, int]]:
         (stored,) = self._open_to_write().ask([("HGETALL", _positions_key(checkpoint_id))])
-        return {int(p): (int(epoch), int(offset)) for p, (epoch, offset) in ((p, v.split()) for p, v in stored.items())}
+        return _positions(stored)
 
     def backfill(self, checkpoint_id: str) -> Backfill | None:
         (record,) = self._open_to_write().ask([("GET", _backfill_key(checkpoint_id))])
-        return None if record is None else msgspec.json.decode(record, type=Backfill)
+        return _backfill(record)
 
     def commit_positions(self, checkpoint_id: str, epoch: int, offsets: Mapping[int, int]) -> None:
         arguments = [epoch, *(number for pair in offsets.items() for number in pair)]
@@ -176,11 +194,12 @@ class _Opened:
         self._puts = 0  # acknowledged
         self._writing = threading.Lock()
 
-    def ask(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def ask(self, commands: Sequence[tuple[Any, ...]], send: Send | None = None) -> list[Any]:
         """The answers, which all come from the store that was opened and not from an earlier state of it."""
         # Read behind the rows, and compared with what was known before them: other threads go on meanwhile.
         known, tally, puts = self._generation, self._tally, self._puts
-        *answers, (generation, stored) = self.link.run([*commands, ("MGET", GENERATION, tally or GENERATION)])
+        named = ("MGET", GENERATION, tally or GENERATION)
+        *answers, (generation, stored) = (send or self.link.run)([*commands, named])
         if known is None:
             self._generation = self._generation or generation
         elif generation != known:
@@ -274,6 +293,14 @@ def _logs_key(checkpoint_id: str) -> bytes:
 
 def _backfill_key(checkpoint_id: str) -> bytes:
     return f"vql:{{meta}}:backfill:{checkpoint_id}".encode()
+
+
+def _positions(stored: Mapping[bytes, bytes]) -> dict[int, tuple[int, int]]:
+    return {int(p): (int(epoch), int(offset)) for p, (epoch, offset) in ((p, v.split()) for p, v in stored.items())}
+
+
+def _backfill(record: bytes | None) -> Backfill | None:
+    return None if record is None else msgspec.json.decode(record, type=Backfill)
 
 
 def _encoded(user_id: str) -> bytes:

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from feature_repo.sqlite_statements import COMMIT_POSITION, IS_FOLLOWED, PUT_FIRST, PUT_NEXT, SCHEMA, SCHEMA_VERSION
-from feature_repo.store import Backfill, RowPut
+from feature_repo.store import Backfill, Progress, RowPut
 from models.errors import InputError, StoreError, UnavailableError
 from models.files import disk_error
 from models.row import RowBytes
@@ -132,6 +132,20 @@ class SqliteRows:
         record = msgspec.json.encode(backfill).decode()
         with self._durable_transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO backfills VALUES (?, ?)", (checkpoint_id, record))
+
+    def progress(self, checkpoint_id: str) -> Progress:
+        return Progress(positions=self.positions(checkpoint_id), backfill=self.backfill(checkpoint_id))
+
+    def checkpoint_ids(self) -> list[str]:
+        query = " UNION ".join(f"SELECT checkpoint_id FROM {table}" for table in ("rows", "positions", "backfills"))
+        with self._transaction("BEGIN") as connection:
+            return sorted(checkpoint_id for (checkpoint_id,) in connection.execute(query))
+
+    def damage(self) -> str | None:
+        """What SQLite finds wrong with the file's structure; None: nothing. Reads all of it."""
+        with self._transaction("BEGIN") as connection:
+            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        return None if found == "ok" else found
 
     def close(self) -> None:
         while self._idle:

@@ -56,6 +56,18 @@ class Backfill(msgspec.Struct, frozen=True, kw_only=True):
     newer: int = 0
 
 
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a checkpoint's rows go: the positions committed (as `RowStore.positions`), and the backfill's record."""
+
+    positions: dict[int, tuple[int, int]]
+    backfill: Backfill | None
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything says that users without a row have no events; in a store that was emptied nothing does."""
+        return bool(self.positions) or self.backfill is not None
+
+
 class RowStore(Protocol):
     """Rows by (checkpoint, user), fenced by their stamps.
 
@@ -101,6 +113,14 @@ class RowStore(Protocol):
     def backfill(self, checkpoint_id: str) -> Backfill | None: ...
 
     def record_backfill(self, checkpoint_id: str, backfill: Backfill) -> None: ...
+
+    def progress(self, checkpoint_id: str) -> Progress:
+        """What `positions` and `backfill` say, for readers: it begins no writing, and changes nothing."""
+        ...
+
+    def checkpoint_ids(self) -> list[str]:
+        """The checkpoints that have, or had, rows here."""
+        ...
 
     def close(self) -> None:
         """Give the connections back; a later call opens the store anew, as another store if it is one by then."""

@@ -18,7 +18,18 @@ from rich.table import Table
 from jobs.jars import KAFKA_VERSION, require_java
 from models.files import replace_file
 
-PACKAGES = ("vql-cache", "apache-beam", "confluent-kafka", "redis", "hiredis", "numpy", "numba", "msgspec")
+PACKAGES = (
+    "vql-cache",
+    "apache-beam",
+    "confluent-kafka",
+    "redis",
+    "hiredis",
+    "numpy",
+    "numba",
+    "msgspec",
+    "feast",
+    "torch",
+)
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.store import RowStore, whole_put
@@ -90,7 +91,7 @@ def run_rank_bench(plan: RankBench, console: Console) -> dict[str, Any]:
             checkpoint = scoring_checkpoint(folder / "checkpoint", shape)
             fold = checkpoint.fold()
             rows = StoreHandle(state=folder, redis=RedisSettings(url=redis.url)).open()
-            scorer = load_scorer(checkpoint, fold, Reader(rows, checkpoint, fold))
+            scorer = load_scorer(checkpoint, fold, Reader(rows, Opened(checkpoint)))
             histories = RawHistories(client)
             row_bytes = {str(length): _fill(plan, length, fold, rows, histories) for length in plan.lengths}
             sides = _sides(Vql(scorer=scorer), histories, shape)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from jobs.cli_bench import app as bench
 from jobs.cli_dead_letters import app as dead_letters
+from jobs.cli_doctor import doctor
 from jobs.cli_options import CheckpointPath, Log, MaxFuture, State, choice, offsets, pairs
 from jobs.cli_serve import serve
 from jobs.cli_stream import stream
@@ -33,7 +34,8 @@ app = typer.Typer(
     "The way of an event: [b]ingest[/b] (files to the log), [b]train[/b] (log to checkpoint), [b]encode-items[/b], "
     "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]serve[/b] (scores over HTTP). "
     "[b]rank[/b] shows one user; [b]demo[/b] goes all of it. "
-    "[b]dead-letters[/b] shows what the stream refused, [b]bench[/b] measures.",
+    "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store; [b]bench[/b] "
+    "measures.",
 )
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(bench, name="bench")
@@ -226,6 +228,7 @@ def backfill(
 
 app.command(context_settings={"allow_extra_args": True})(stream)
 app.command()(serve)
+app.command()(doctor)
 
 
 @app.command()

@@ -105,3 +105,30 @@ def rank(
     columns = [f"{length:,} events" for length in plan.lengths]
     out.print(figures_table("the ranker, on this machine", columns, table_rows(figures)))
     out.print(f"figures: {output}", soft_wrap=True)
+
+
+@app.command("read")
+def read(
+    output: Output,
+    users: Annotated[int, typer.Option(min=1, help="Users with a row, of 1,000 to 100,000 events each.")] = 1_000,
+    calls: Annotated[int, typer.Option(min=40, help="Calls with one user; larger batches get fewer.")] = 1_000,
+) -> None:
+    """How long a ranker waits for caches of 1, 10, 100 and 500 users: from user ids to tensors.
+
+    Starts its own redis-server on a free port of 127.0.0.1; needs redis-server. A default run takes about two minutes.
+
+    [b]multi_get[/b]: the same bytes as plain strings, by one MGET, unchecked: the floor. [b]reader[/b]: ours, to
+    tensors, with its deadline. [b]feast[/b]: get_online_features of the same rows, without tensors.
+    [b]feast_to_tensors[/b]: the same, and each row decoded and folded by itself.
+    [b]feature_per_codeword[/b]: a hash field for each codeword, asked for by name.
+
+    Example: vql bench read --output build/bench/read.json
+    """
+    from jobs.bench import figures_table, write_figures
+    from jobs.bench_read import ReadBench, run_read_bench, table_rows
+
+    plan = ReadBench(users=users, calls=calls)
+    figures = run_read_bench(plan, out)
+    write_figures(output, figures)
+    out.print(figures_table("reading, by users at a time", [str(b) for b in plan.batches], table_rows(figures)))
+    out.print(f"figures: {output}", soft_wrap=True)

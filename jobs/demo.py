@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from feature_repo.repo import open_repo, register
 from jobs.backfill import backfill
@@ -101,8 +102,8 @@ def run_demo(folder: Path, console: Console) -> None:
         )
         encode_items(demo.spark, vql, demo.log)
     streamed, again = _stream(demo, vql)
-    using = vql.fold()
-    reader = Reader(StoreHandle(state=demo.state).open(), vql, using)
+    reader = Reader(StoreHandle(state=demo.state).open(), Opened(vql))
+    using = reader.fold
     with demo.stage("parity", "every row against an independent fold of the raw log"):
         rows = compare_rows(reader, demo.log)
     heldout, scores = _evaluate(demo, checkpoints, reader, using)

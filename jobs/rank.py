@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import ABSENT, FOREIGN, Reader
 from jobs.scoring import WHOLE, Asked, load_scorer
 from models.checkpoint import open_checkpoint
@@ -32,8 +33,8 @@ def rank_user(
     if not item_ids:
         raise InputError("no candidates; give --candidates ITEM,ITEM,...")
     checkpoint = open_checkpoint(checkpoint_path)
-    using = checkpoint.fold()
-    reader = Reader(StoreHandle(state=state).open(), checkpoint, using)
+    reader = Reader(StoreHandle(state=state).open(), Opened(checkpoint))
+    using = reader.fold
     (row,), _ = reader.read_rows([user_id])
     now_ms = int(time.time() * 1000) if now_ms is None else now_ms
     (scored,) = (

@@ -20,7 +20,8 @@ error" is wider where the net count is zero (many folds may have added to it: a 
 year-old memories). An entry with no mass left is gone. The laws hold for logs in which a retraction follows its
 event; one that comes first and cancels another event's mass exactly makes the entry forget the other's value.
 
-No other file multiplies a mass. Knows nothing of items, rows or torch.
+No other file multiplies a mass but `cache_kernels`, the compiled forms of what is here. Knows nothing of items, rows
+or torch.
 
 Shapes: N events or entries, G groups, K codewords per group, H heads, P = H / G heads per group, R decay rates,
 D value width per head. An entry's code is g * K + j.
@@ -29,19 +30,12 @@ D value width per head. An entry's code is g * K + j.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from inspect import unwrap
 
-import numba
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Int32, Int64, UInt16
 
+from models.cache_kernels import CANCELLED, CANCELLED_WHOLLY, VANISHED, fold_kernel
 from models.errors import MismatchError
-
-# A sum this much smaller than its terms is rounding error of float32 terms, not mass; where the net count says that
-# every event met its retraction, the rounding of many folds may have added up.
-CANCELLED, CANCELLED_WHOLLY = 1e-6, 1e-3
-# Below this a mass is flushed: it is 30 orders under the newest event's and float32 would go denormal.
-VANISHED = 1e-30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -171,7 +165,7 @@ def fold(cache: Cache, events: EncodedEvents) -> Cache:
         return cache
     spec = cache.spec
     reference_ms = max(cache.reference_ms, int(events.time_ms_N.max()))
-    code_N, net_N, moment_NPRS = _fold_kernel(
+    code_N, net_N, moment_NPRS = fold_kernel(
         cache.code_N,
         cache.net_N,
         cache.mass_NPR,
@@ -236,62 +230,3 @@ def _build(
         mass_NPR=mass_NPR,
         mean_NPRD=mean_NPRD.astype(np.float32),
     )
-
-
-def _fold_loop(
-    code_N,
-    net_N,
-    mass_NPR,
-    mean_NPRD,
-    age_ms,
-    event_code_NG,
-    event_value_NHD,
-    event_age_ms_N,
-    event_weight_N,
-    rate_GPR,
-    codewords,
-):
-    """Scatter the state and the events into dense moments, then gather the touched codewords in order."""
-    groups, heads, rates = rate_GPR.shape
-    width = mean_NPRD.shape[3]
-    moment = np.zeros((groups * codewords, heads, rates, 1 + width))
-    gross = np.zeros((groups * codewords, heads, rates))
-    net = np.zeros(groups * codewords, np.int64)
-    touched = np.zeros(groups * codewords, np.bool_)
-    for n in range(code_N.shape[0]):
-        code = code_N[n]
-        touched[code] = True
-        net[code] = net_N[n]
-        for p in range(heads):
-            for r in range(rates):
-                mass = mass_NPR[n, p, r] * np.exp(-rate_GPR[code // codewords, p, r] * age_ms)
-                moment[code, p, r, 0] = mass
-                gross[code, p, r] = abs(mass)
-                for d in range(width):
-                    moment[code, p, r, 1 + d] = mass * mean_NPRD[n, p, r, d]
-    for n in range(event_code_NG.shape[0]):
-        for g in range(groups):
-            code = g * codewords + event_code_NG[n, g]
-            touched[code] = True
-            net[code] += 1 if event_weight_N[n] > 0 else -1
-            for p in range(heads):
-                for r in range(rates):
-                    mass = event_weight_N[n] * np.exp(-rate_GPR[g, p, r] * event_age_ms_N[n])
-                    moment[code, p, r, 0] += mass
-                    gross[code, p, r] += abs(mass)
-                    for d in range(width):
-                        moment[code, p, r, 1 + d] += mass * event_value_NHD[n, g * heads + p, d]
-    codes = np.flatnonzero(touched)
-    gathered = moment[codes]
-    for n in range(codes.shape[0]):
-        error = CANCELLED_WHOLLY if net[codes[n]] == 0 else CANCELLED
-        for p in range(heads):
-            for r in range(rates):
-                mass = abs(gathered[n, p, r, 0])
-                if mass <= error * gross[codes[n], p, r] or mass < VANISHED:
-                    gathered[n, p, r] = 0.0
-    return codes, net[codes], gathered
-
-
-# unwrap: in tests the functions of this module carry run-time shape checks, which numba cannot compile.
-_fold_kernel = numba.njit(cache=True)(unwrap(_fold_loop))

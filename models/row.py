@@ -25,7 +25,7 @@ from jaxtyping import Int64
 from msgspec.structs import replace
 
 from models.cache import Cache, CacheSpec, EncodedEvents, empty, fold
-from models.errors import TableBehindError
+from models.errors import TableBehindError, WireError
 from models.item_table import ItemTable
 from models.recent import accept
 from models.wire import (
@@ -242,9 +242,15 @@ def encode_row(row: Row) -> RowBytes:
 
 
 def decode_row(data: RowBytes, spec: CacheSpec) -> Row:
-    """Raises WireError when either part is damaged, ForeignRowError when it belongs to another checkpoint."""
+    """Raises WireError when a part is damaged or they are of two writes, ForeignRowError for another checkpoint's."""
     header = read_header(data.folded, FOLDED_MAGIC, spec.checkpoint_id)
     recent, stamp = decode_recent(data.recent, spec.checkpoint_id)
+    folded = header.stamp
+    oldest = int(recent["position"][0]) >> 16 if len(recent) else OFFSET_MAX
+    if (folded.epoch, folded.offset) > (stamp.epoch, stamp.offset) or (
+        folded.epoch == stamp.epoch and oldest <= folded.offset
+    ):
+        raise WireError(f"folded up to {folded}, but the recent events begin at {oldest} and end at {stamp}")
     return Row(
         spec=spec,
         folded_data=data.folded,

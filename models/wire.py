@@ -40,16 +40,16 @@ _HEADER = struct.Struct("<4sHH16sIIqIIqq")
 _SECTION = struct.Struct("<HHIQ")
 _CRC = struct.Struct("<I")
 FOLDED_MAGIC, RECENT_MAGIC = b"VQLF", b"VQLR"
-_CODES, _NETS, _MASSES, _MEANS, _EVENTS = 1, 2, 3, 4, 5
-_U16, _I32, _F32, _RECORD = 1, 2, 3, 5
-_DTYPES = {_U16: np.dtype("<u2"), _I32: np.dtype("<i4"), _F32: np.dtype("<f4")}
+CODES, NETS, MASSES, MEANS, EVENTS = 1, 2, 3, 4, 5
+U16, I32, F32, RECORD = 1, 2, 3, 5
+_DTYPES = {U16: np.dtype("<u2"), I32: np.dtype("<i4"), F32: np.dtype("<f4")}
 
 # position = offset << 16 | high 16 bits of the event hash; time = event_time_ms << 16 | action << 8 | hash byte.
 # 48 bits of offset and of time are enough for 280 trillion; 24 bits of hash are compared beside all other fields.
 OFFSET_MAX = (1 << 48) - 1
 RECENT = np.dtype([("position", "<u8"), ("time", "<u8"), ("item", "<u4"), ("weight", "<f4")])
 # The recent part up to its records: the header and the head of its one section, as columns of many rows.
-_RECENT_HEAD = np.dtype(
+RECENT_HEAD = np.dtype(
     [
         ("magic", "S4"),
         ("version", "<u2"),
@@ -68,7 +68,16 @@ _RECENT_HEAD = np.dtype(
         ("size_bytes", "<u8"),
     ]
 )
-assert _RECENT_HEAD.itemsize == _HEADER.size + _SECTION.size
+assert RECENT_HEAD.itemsize == _HEADER.size + _SECTION.size
+HEADER_BYTES, SECTION_BYTES, CRC_BYTES = _HEADER.size, _SECTION.size, _CRC.size
+# What a checksum comes to over bytes that end with their own: so no copy without its last four has to be made.
+SOUND_CRC = google_crc32c.value(_CRC.pack(google_crc32c.value(b"")))
+
+
+def offset_in(record: np.dtype, field: str) -> int:
+    """Where a field of RECENT or RECENT_HEAD begins, in bytes."""
+    offsets = {name: place[1] for name, place in (record.fields or {}).items()}
+    return offsets[field]
 
 
 class Stamp(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -107,10 +116,10 @@ def encode_folded(cache: Cache, stamp: Stamp) -> bytes:
     )
     items = len(cache.code_N)
     sections = [
-        (_CODES, _U16, items, cache.code_N.astype("<u2", copy=False).tobytes()),
-        (_NETS, _I32, items, cache.net_N.astype("<i4", copy=False).tobytes()),
-        (_MASSES, _F32, items, cache.mass_NPR.astype("<f4", copy=False).tobytes()),
-        (_MEANS, _F32, items, cache.mean_NPRD.astype("<f4", copy=False).tobytes()),
+        (CODES, U16, items, cache.code_N.astype("<u2", copy=False).tobytes()),
+        (NETS, I32, items, cache.net_N.astype("<i4", copy=False).tobytes()),
+        (MASSES, F32, items, cache.mass_NPR.astype("<f4", copy=False).tobytes()),
+        (MEANS, F32, items, cache.mean_NPRD.astype("<f4", copy=False).tobytes()),
     ]
     return _encode(FOLDED_MAGIC, header, sections)
 
@@ -120,10 +129,10 @@ def decode_folded(data: bytes, spec: CacheSpec) -> tuple[Cache, Stamp]:
     header = read_header(data, FOLDED_MAGIC, spec.checkpoint_id)
     arrays = {kind: (dtype, items, payload) for kind, dtype, items, payload in _sections(data)}
     shape = (spec.heads // spec.groups, spec.rates)
-    code_N = _array(arrays, _CODES, ())
-    net_N = _array(arrays, _NETS, ())
-    mass_NPR = _array(arrays, _MASSES, shape)
-    mean_NPRD = _array(arrays, _MEANS, (*shape, spec.value_width))
+    code_N = _array(arrays, CODES, ())
+    net_N = _array(arrays, NETS, ())
+    mass_NPR = _array(arrays, MASSES, shape)
+    mean_NPRD = _array(arrays, MEANS, (*shape, spec.value_width))
     lengths = [len(array) for array in (code_N, net_N, mass_NPR, mean_NPRD)]
     if len(set(lengths)) != 1:
         raise WireError(f"sections disagree: {lengths} codes, net counts, masses, means")
@@ -144,7 +153,7 @@ def decode_folded(data: bytes, spec: CacheSpec) -> tuple[Cache, Stamp]:
 def encode_recents(checkpoint_id: str, stamps: Sequence[Stamp], recents: Sequence[bytes]) -> list[bytes]:
     """The newest raw events of many rows (records of dtype RECENT, rising offsets), each complete up to its stamp."""
     size_U = np.fromiter(map(len, recents), np.int64, len(recents))
-    head_U = np.zeros(len(recents), _RECENT_HEAD)
+    head_U = np.zeros(len(recents), RECENT_HEAD)
     head_U["magic"], head_U["version"], head_U["sections"] = RECENT_MAGIC, VERSION, 1
     head_U["checkpoint"] = np.void(bytes.fromhex(checkpoint_id))
     head_U["epoch"] = [stamp.epoch for stamp in stamps]
@@ -152,13 +161,13 @@ def encode_recents(checkpoint_id: str, stamps: Sequence[Stamp], recents: Sequenc
     head_U["offset"] = [stamp.offset for stamp in stamps]
     head_U["revision"] = [stamp.revision for stamp in stamps]
     head_U["event_count"] = head_U["items"] = size_U // RECENT.itemsize
-    head_U["kind"], head_U["dtype"], head_U["size_bytes"] = _EVENTS, _RECORD, size_U
+    head_U["kind"], head_U["dtype"], head_U["size_bytes"] = EVENTS, RECORD, size_U
     held_U = size_U > 0
     if held_U.any():
         time_N = np.frombuffer(b"".join(recents), RECENT)["time"]
         start_U = np.cumsum(size_U)[held_U] // RECENT.itemsize - head_U["items"][held_U]
         head_U["reference_ms"][held_U] = np.maximum.reduceat(time_N, start_U) >> np.uint64(16)
-    heads, width = head_U.tobytes(), _RECENT_HEAD.itemsize
+    heads, width = head_U.tobytes(), RECENT_HEAD.itemsize
     out = []
     for at, records in zip(range(0, len(heads), width), recents, strict=True):
         body = heads[at : at + width] + records
@@ -176,8 +185,8 @@ def decode_recent(data: bytes, checkpoint_id: str) -> tuple[np.ndarray, Stamp]:
     """The events (dtype RECENT, read-only view) and the row's stamp. Raises WireError, ForeignRowError."""
     header = read_header(data, RECENT_MAGIC, checkpoint_id)
     for kind, dtype, items, payload in _sections(data):
-        if kind == _EVENTS:
-            if dtype != _RECORD or len(payload) != items * RECENT.itemsize:
+        if kind == EVENTS:
+            if dtype != RECORD or len(payload) != items * RECENT.itemsize:
                 raise WireError(f"{items} recent events do not fit in {len(payload)} bytes")
             return np.frombuffer(payload, RECENT), header.stamp
     raise WireError("no section of recent events")
@@ -187,8 +196,7 @@ def read_header(data: bytes, magic: bytes, checkpoint_id: str | None = None) -> 
     """Check the checksum, magic, version and (when given) the checkpoint; return the header."""
     if len(data) < _HEADER.size + _CRC.size:
         raise WireError(f"{len(data)} bytes are too few for a row")
-    (stored,) = _CRC.unpack_from(data, len(data) - _CRC.size)
-    if google_crc32c.value(data[: -_CRC.size]) != stored:
+    if google_crc32c.value(data) != SOUND_CRC:
         raise WireError(f"checksum does not match over {len(data)} bytes")
     found, version, _, identity, epoch, partition, offset, revision, _, reference_ms, count = _HEADER.unpack_from(data)
     if found != magic:

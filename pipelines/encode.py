@@ -13,12 +13,13 @@ import apache_beam as beam
 import numpy as np
 from apache_beam.metrics import Metrics
 
+from feature_repo.opened import Opened
 from models.checkpoint import OTHER_ACTION
 from models.item_table import UNKNOWN
 from models.wire import pack_recent
 from pipelines.metrics import process_metrics
 from pipelines.parse import EventBatch
-from pipelines.worker import CheckpointRef, Opened, opened_checkpoint
+from pipelines.worker import CheckpointRef, opened_checkpoint
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,14 +16,12 @@ from typing import Protocol
 
 import structlog
 
+from feature_repo.opened import Opened
 from feature_repo.store import RowStore
-from models.checkpoint import Checkpoint, open_checkpoint
-from models.errors import CheckpointError, MismatchError
-from models.row import Fold
+from models.checkpoint import open_checkpoint
+from models.errors import MismatchError
 from pipelines.held_letters import held_letters
 from pipelines.row_cache import RowCache
-
-LOOK_EVERY_S = 5.0
 
 # Set by a signal: readers in this process then report the end of their partition, as if the log ended here.
 stop_requested = threading.Event()
@@ -43,54 +39,6 @@ class CheckpointRef:
 
     path: Path
     checkpoint_id: str
-
-
-class Opened:
-    """A checkpoint in memory, with its item table as of a few seconds ago: `encode-items` may append meanwhile.
-
-    Safe to share between threads.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, clock: Callable[[], float] = time.monotonic) -> None:
-        self.checkpoint = checkpoint
-        self._clock = clock
-        self._turn = threading.Lock()
-        self.reload()
-
-    @property
-    def fold(self) -> Fold:
-        """Looks whether the table has grown every LOOK_EVERY_S; one that cannot be read is logged, and not used."""
-        if self._clock() >= self._look_at_s and self._turn.acquire(blocking=False):
-            try:
-                if self._version() != self._seen:
-                    self._load()
-                self._look_at_s = self._clock() + LOOK_EVERY_S
-            except CheckpointError as error:
-                self._look_at_s = self._clock() + LOOK_EVERY_S
-                structlog.get_logger().error("the item table has changed and cannot be used", error=str(error))
-            finally:
-                self._turn.release()
-        return self._fold
-
-    def reload(self) -> Fold:
-        """The table as it is now. Raises CheckpointError when it cannot be used."""
-        with self._turn:
-            self._load()
-            self._look_at_s = self._clock() + LOOK_EVERY_S
-            return self._fold
-
-    def _load(self) -> None:
-        # Looked at before it is read: what is appended in between is found the next time.
-        self._seen = self._version()
-        self._fold = self.checkpoint.fold()
-        structlog.get_logger().info("item table loaded", items=len(self._fold.table))
-
-    def _version(self) -> tuple[int, int, int] | None:
-        try:
-            found = (self.checkpoint.items_path / "items.json").stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 @lru_cache(maxsize=1)

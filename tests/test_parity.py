@@ -21,6 +21,7 @@ import torch
 from deltalake import DeltaTable
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from jobs.backfill import backfill
 from jobs.ingest import EventSource, NewLog, ingest
@@ -80,7 +81,7 @@ def test_plain_spark_and_beam_give_the_same_rows_and_scores(spark, checkpoint, l
     assert done.events == EVENTS
     for handle in (by_spark, by_beam):
         assert_rows_equal(read_rows(handle.open(), checkpoint, USERS), plain)
-        reader = Reader(handle.open(), checkpoint, checkpoint.fold())
+        reader = Reader(handle.open(), Opened(checkpoint))
         parity = compare_rows(reader, log)
         assert parity.conserved
         assert parity.users == len(plain)
@@ -91,7 +92,7 @@ def test_plain_spark_and_beam_give_the_same_rows_and_scores(spark, checkpoint, l
 def test_the_comparison_of_scores_can_fail(spark, checkpoint, log, tmp_path):
     handle = StoreHandle(state=tmp_path)
     backfill(spark, checkpoint, log, handle, {0: 10, 1: 10, 2: 10})
-    reader = Reader(handle.open(), checkpoint, checkpoint.fold())
+    reader = Reader(handle.open(), Opened(checkpoint))
     assert score_error(reader, logged_events(log)) > PARITY_MAX
     assert not compare_rows(reader, log).conserved
 

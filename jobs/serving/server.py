@@ -25,6 +25,7 @@ from msgspec.structs import replace
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from feature_repo.store import RowStore
 from jobs.scoring import Asked, Placement, Scorer, load_scorer
@@ -77,7 +78,7 @@ def _loader(rows: RowStore, placement: Placement) -> Callable[[Path], Scorer]:
     def load(path: Path) -> Scorer:
         checkpoint = open_checkpoint(path)
         fold = checkpoint.fold()
-        reader = PatientReader(Reader(rows, checkpoint, fold), fold.spec, gate)
+        reader = PatientReader(Reader(rows, Opened(checkpoint)), fold.spec, gate)
         scorer = load_scorer(checkpoint, fold, reader, placement)
         _warm_up(scorer, fold)
         return scorer

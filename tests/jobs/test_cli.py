@@ -30,6 +30,7 @@ COMMANDS = {
     "backfill": ["--checkpoint", "--log", "--state", "--cut", "stream"],
     "stream": ["--checkpoint", "--log", "--state", "--until", "--from", "--partitions", "--runner", "--dead-letters-t"],
     "dead-letters": ["list", "show", "replay", "Reasons"],
+    "doctor": ["--state", "--checkpoint", "exit code", "Example"],
     "rank": ["--candidates", "--checkpoint", "--state", "--now-ms", "The user id"],
     "setup": ["Java", "jars"],
     "demo": ["--folder", "report"],
@@ -63,7 +64,9 @@ def row_of(checkpoint: Checkpoint, events: list[Event]) -> Row:
 
 
 def put_row(state: Path, checkpoint_id: str, row: Row) -> None:
-    assert StoreHandle(state=state).open().put_rows(checkpoint_id, row_puts(["u0"], [row], [None])) == [True]
+    rows = StoreHandle(state=state).open()
+    assert rows.put_rows(checkpoint_id, row_puts(["u0"], [row], [None])) == [True]
+    rows.commit_positions(checkpoint_id, row.stamp.epoch, {row.stamp.partition: row.stamp.offset})
 
 
 def test_help_names_every_command_and_the_way_of_an_event(vql) -> None:
@@ -112,8 +115,14 @@ def test_a_damaged_checkpoint_is_named(vql, checkpoint: Checkpoint, state: Path)
 
 
 def test_a_user_without_a_row_is_named(vql, checkpoint: Checkpoint, state: Path) -> None:
+    put_row(state, checkpoint.checkpoint_id, row_of(checkpoint, random_events(20, users=1)))
     said = vql("rank", "nobody", "--candidates", "i1", "--checkpoint", checkpoint.path, "--state", state)
     assert_one_line(said, 2, "InputError", "user 'nobody' has no row")
+
+
+def test_a_store_that_was_never_filled_is_refused(vql, checkpoint: Checkpoint, state: Path) -> None:
+    said = vql("rank", "u0", "--candidates", "i1", "--checkpoint", checkpoint.path, "--state", state)
+    assert_one_line(said, 5, "StoreError", "neither a backfill nor positions", "run vql backfill")
 
 
 def test_rank_shows_a_table_best_first(vql, checkpoint: Checkpoint, state: Path) -> None:
@@ -139,7 +148,9 @@ def test_a_row_that_cannot_be_used_is_named(
     else:
         (good,) = row_puts(["u0"], [row_of(checkpoint, random_events(20))], [None])
         bad = replace(good, recent=good.recent[:-1] + b"?")
-        StoreHandle(state=state).open().put_rows(checkpoint.checkpoint_id, [bad])
+        rows = StoreHandle(state=state).open()
+        rows.put_rows(checkpoint.checkpoint_id, [bad])
+        rows.commit_positions(checkpoint.checkpoint_id, 1, {1: 19})
     said = vql("rank", "u0", "--candidates", "i1", "--checkpoint", checkpoint.path, "--state", state)
     assert_one_line(said, code, words, f"the row of user 'u0' in {state} is {what}")
 

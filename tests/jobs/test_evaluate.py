@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from jobs.backfill import backfill
 from jobs.evaluate import Scores, group_auc, quality, score_cached, score_raw
@@ -69,7 +70,7 @@ def served(spark, shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> tuple
     backfill(spark, checkpoint, shop.log, store)
     using = checkpoint.fold()
     ranker = load_ranker(checkpoint, using.table.feature_MF)
-    return ranker, Reader(store.open(), checkpoint, using), impressions(shop.log, checkpoint, using)
+    return ranker, Reader(store.open(), Opened(checkpoint)), impressions(shop.log, checkpoint, using)
 
 
 def impressions(log: Path, checkpoint, using) -> list[Impression]:

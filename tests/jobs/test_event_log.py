@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from jobs.backfill import backfill
 from jobs.event_log import read_events
@@ -124,7 +125,7 @@ def test_rows_of_a_copy_agree_with_the_independent_check(
     take_topic(spark, topic, tmp_path / "log")
     backfill(spark, checkpoint, tmp_path / "log", plan.store)
 
-    parity = compare_rows(Reader(plan.store.open(), checkpoint, checkpoint.fold()), tmp_path / "log")
+    parity = compare_rows(Reader(plan.store.open(), Opened(checkpoint)), tmp_path / "log")
 
     assert parity.conserved
     assert parity.users == 8

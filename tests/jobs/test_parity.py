@@ -9,6 +9,7 @@ import pytest
 from msgspec.structs import replace
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from feature_repo.store import whole_put
 from jobs.backfill import backfill
@@ -45,7 +46,7 @@ def log(spark, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reader(spark, checkpoint: Checkpoint, log: Path, tmp_path: Path) -> Reader:
     store = StoreHandle(state=tmp_path)
     backfill(spark, checkpoint, log, store)
-    return Reader(store.open(), checkpoint, checkpoint.fold())
+    return Reader(store.open(), Opened(checkpoint))
 
 
 def row_of(reader: Reader, user_id: str) -> Row:

@@ -43,7 +43,9 @@ def put(state: Path, checkpoint: Checkpoint, checkpoint_id: str) -> None:
     position = Stamp(epoch=1, partition=1, offset=-1)
     recent = recent_of(checkpoint, random_events(EVENTS, users=1), range(EVENTS))
     row, _ = advance(new_row(checkpoint.spec, 1, 1), recent, position, checkpoint.fold())
-    assert StoreHandle(state=state).open().put_rows(checkpoint_id, row_puts(["u0"], [row], [None])) == [True]
+    rows = StoreHandle(state=state).open()
+    assert rows.put_rows(checkpoint_id, row_puts(["u0"], [row], [None])) == [True]
+    rows.commit_positions(checkpoint_id, 1, {1: EVENTS})
 
 
 def test_candidates_come_best_first_with_the_scores_of_raw_attention(checkpoint: Checkpoint, state: Path) -> None:

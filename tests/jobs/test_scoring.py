@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from jobs.scoring import Asked, Placement, Scorer, load_scorer, placed
 from models.checkpoint import Checkpoint
@@ -26,7 +27,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 def reader(checkpoint: Checkpoint, tmp_path: Path) -> Reader:
     rows = StoreHandle(state=tmp_path, redis=None).open()
     put_rows(checkpoint, rows)
-    return Reader(rows, checkpoint, checkpoint.fold())
+    return Reader(rows, Opened(checkpoint))
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from feature_repo.opened import Opened
 from models.event import Event, columns
 from models.wire import recent_actions, recent_offsets, recent_times
 from pipelines.encode import encode_batch
 from pipelines.parse import EventBatch
-from pipelines.worker import Opened
 from tests.small import ACTIONS, START_MS, small_checkpoint
 
 

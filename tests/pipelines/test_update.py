@@ -163,14 +163,15 @@ def test_a_row_repaired_in_between_is_read_again(checkpoint: Checkpoint, tmp_pat
     update_rows(SqliteRows(rows.path), checkpoint.fold(), batch(checkpoint, events[:5]))
     before = read_rows(rows, checkpoint, ["u0"])["u0"]
     repaired = Stamp(epoch=1, partition=0, offset=before.stamp.offset, revision=1)
-    data = encode_folded(before.folded, repaired)
-    rows.repair = whole_put("u0", replace(before, stamp=repaired, folded_stamp=repaired, folded_data=data))
+    folded_stamp = replace(before.folded_stamp, revision=1)
+    data = encode_folded(before.folded, folded_stamp)
+    rows.repair = whole_put("u0", replace(before, stamp=repaired, folded_stamp=folded_stamp, folded_data=data))
 
     counts = update_rows(rows, checkpoint.fold(), batch(checkpoint, events[5:6], 5))
 
     after = read_rows(rows, checkpoint, ["u0"])["u0"]
     assert (counts.events_folded, counts.conflicts, counts.rows_written) == (1, 1, 1)
-    assert (after.stamp.offset, after.stamp.revision, after.folded_stamp, after.count) == (5, 1, repaired, 6)
+    assert (after.stamp.offset, after.stamp.revision, after.folded_stamp, after.count) == (5, 1, folded_stamp, 6)
 
 
 def test_puts_that_are_refused_for_ever_are_an_error(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def put_rows(checkpoint: Checkpoint, rows: RowStore, users: Sequence[str] | None
         recent = recent_of(checkpoint, events, range(EVENTS_EACH))
         row, _ = advance(new_row(fold.spec, 1, 1), recent, Stamp(epoch=1, partition=1, offset=-1), fold)
         assert rows.put_rows(checkpoint.checkpoint_id, [whole_put(user_id, row)]) == [True]
+    rows.commit_positions(checkpoint.checkpoint_id, 1, {1: EVENTS_EACH})
 
 
 def bodies() -> list[bytes]:

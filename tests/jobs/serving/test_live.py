@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from jobs.encode_items import encode_table
 from jobs.scoring import Scorer, load_scorer
@@ -35,7 +36,7 @@ def load(tmp_path: Path):
     def load(path: Path) -> Scorer:
         checkpoint = open_checkpoint(path)
         fold = checkpoint.fold()
-        return load_scorer(checkpoint, fold, Reader(rows, checkpoint, fold))
+        return load_scorer(checkpoint, fold, Reader(rows, Opened(checkpoint)))
 
     return load
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Read, Reader
 from jobs.serving.patient_reader import LATE, PAUSE_S, PatientReader, StoreGate
 from models.checkpoint import Checkpoint
@@ -45,7 +46,7 @@ def checkpoint(tmp_path: Path) -> Checkpoint:
 def faulty(checkpoint: Checkpoint, tmp_path: Path) -> Faulty:
     rows = StoreHandle(state=tmp_path, redis=None).open()
     put_rows(checkpoint, rows, ["u0"])
-    return Faulty(Reader(rows, checkpoint, checkpoint.fold()))
+    return Faulty(Reader(rows, Opened(checkpoint)))
 
 
 def test_a_store_that_does_not_answer_leaves_users_late_and_is_left_alone_for_a_moment(checkpoint, faulty):

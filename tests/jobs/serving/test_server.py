@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from feature_repo.handle import StoreHandle
+from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from feature_repo.redis_settings import RedisSettings
 from jobs.scoring import Asked, load_scorer
@@ -49,7 +50,7 @@ def embedded(state: Path, *checkpoints: Checkpoint) -> None:
 def wanted_scores(checkpoint: Checkpoint, state: Path) -> dict[str, list[float]]:
     """By user, in this process."""
     fold = checkpoint.fold()
-    scorer = load_scorer(checkpoint, fold, Reader(StoreHandle(state=state, redis=None).open(), checkpoint, fold))
+    scorer = load_scorer(checkpoint, fold, Reader(StoreHandle(state=state, redis=None).open(), Opened(checkpoint)))
     asked = [Asked(user_id=user_id, item_ids=CANDIDATES, now_ms=NOW_MS) for user_id in user_ids()]
     return {one.user_id: scored.scores for one, scored in zip(asked, scorer.score(asked).users, strict=True)}
 

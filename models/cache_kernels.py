@@ -1,0 +1,275 @@
+"""The compiled forms of the algebra that `models.cache` states: one user's fold, and the caches of a batch as tensors.
+
+No file but these two multiplies a mass. Shapes: as in `cache`, with B users, M items and A actions.
+"""
+
+from __future__ import annotations
+
+from inspect import unwrap
+
+import numba
+import numpy as np
+
+from models.item_table import UNKNOWN
+from models.memory import copy, load_f32, load_i32, load_u16, prefetch
+
+# A sum this much smaller than its terms is rounding error of float32 terms, not mass; where the net count says that
+# every event met its retraction, the rounding of many folds may have added up.
+CANCELLED, CANCELLED_WHOLLY = 1e-6, 1e-3
+# Below this a mass is flushed: it is 30 orders under the newest event's and float32 would go denormal.
+VANISHED = 1e-30
+CACHE_LINE_BYTES = 64
+
+# A row that is somewhere in memory: the addresses of its entries' codes (u16), net counts (i32), masses and means
+# (f32), its recent events' places among those of the batch, and what it says of itself. status 0: it can be used.
+PLACE = np.dtype(
+    [
+        (name, "<i8")
+        for name in (
+            *("status", "codes", "nets", "masses", "means", "entries", "first", "events"),
+            *("reference_ms", "count", "epoch", "offset", "revision"),
+        )
+    ]
+)
+# A recent event; its item may be beyond the table, its action is not.
+EVENT = np.dtype([("time_ms", "<i8"), ("item", "<i8"), ("action", "<i4"), ("weight", "<f4")])
+
+
+def _add(mass_E, gross_E, total_X, code, weight, age_ms, rate_GPR, g, value_HD):
+    """An event enters an entry. Flat arrays and unsigned indices, of which the compiler can make vectors."""
+    heads, rates, width = rate_GPR.shape[1], rate_GPR.shape[2], value_HD.shape[1]
+    for p in range(heads):
+        for r in range(rates):
+            mass = weight * np.exp(-rate_GPR[g, p, r] * age_ms)
+            e = np.uint32((code * heads + p) * rates + r)
+            x, h = np.uint32(e * width), np.uint32(g * heads + p)
+            mass_E[e] += mass
+            gross_E[e] += abs(mass)
+            for d in range(width):
+                total_X[x + d] += mass * value_HD[h, d]
+
+
+def _settle(mass_E, gross_E, total_X, code, net, entries, width):
+    """What cancelled to rounding error is nothing. `entries` are of one code: P x R."""
+    error = CANCELLED_WHOLLY if net == 0 else CANCELLED
+    for m in range(entries):
+        e = np.uint32(code * entries + m)
+        if abs(mass_E[e]) <= error * gross_E[e] or abs(mass_E[e]) < VANISHED:
+            mass_E[e] = 0.0
+            for d in range(width):
+                total_X[np.uint32(e * width) + d] = 0.0
+
+
+# Inlined, because a call passes each array as ten arguments.
+_add, _settle = (numba.njit(inline="always")(unwrap(each)) for each in (_add, _settle))
+
+
+def _fold_loop(
+    code_N,
+    net_N,
+    mass_NPR,
+    mean_NPRD,
+    age_ms,
+    event_code_NG,
+    event_value_NHD,
+    event_age_ms_N,
+    event_weight_N,
+    rate_GPR,
+    codewords,
+):
+    """Scatter the state and the events into dense sums, then gather the touched codewords in order."""
+    groups, heads, rates = rate_GPR.shape
+    width, entries = mean_NPRD.shape[3], heads * rates
+    mass_E, gross_E = np.zeros(groups * codewords * entries), np.zeros(groups * codewords * entries)
+    total_X = np.zeros(groups * codewords * entries * width)
+    net = np.zeros(groups * codewords, np.int64)
+    touched = np.zeros(groups * codewords, np.bool_)
+    for n in range(code_N.shape[0]):
+        code = np.int64(code_N[n])
+        touched[code] = True
+        net[code] = net_N[n]
+        for p in range(heads):
+            for r in range(rates):
+                mass = mass_NPR[n, p, r] * np.exp(-rate_GPR[code // codewords, p, r] * age_ms)
+                e = np.uint32((code * heads + p) * rates + r)
+                mass_E[e], gross_E[e] = mass, abs(mass)
+                for d in range(width):
+                    total_X[np.uint32(e * width) + d] = mass * mean_NPRD[n, p, r, d]
+    value_HD = np.empty((groups * heads, width))
+    for n in range(event_code_NG.shape[0]):
+        weight, age_ms = event_weight_N[n], event_age_ms_N[n]
+        value_HD[:] = event_value_NHD[n]
+        for g in range(groups):
+            code = g * codewords + np.int64(event_code_NG[n, g])
+            touched[code] = True
+            net[code] += 1 if weight > 0 else -1
+            _add(mass_E, gross_E, total_X, code, weight, age_ms, rate_GPR, g, value_HD)
+    codes = np.flatnonzero(touched)
+    moment = np.empty((codes.shape[0], heads, rates, 1 + width))
+    for n, code in enumerate(codes):
+        _settle(mass_E, gross_E, total_X, code, net[code], entries, width)
+        for p in range(heads):
+            for r in range(rates):
+                e = np.uint32((code * heads + p) * rates + r)
+                moment[n, p, r, 0] = mass_E[e]
+                for d in range(width):
+                    moment[n, p, r, 1 + d] = total_X[np.uint32(e * width) + d]
+    return codes, net[codes], moment
+
+
+# unwrap: in tests the functions of this module carry run-time shape checks, which numba cannot compile.
+fold_kernel = numba.njit(cache=True)(unwrap(_fold_loop))
+
+
+def _clear(mass_BHKR, mean_BHKRD, b, first, last, heads):
+    """Codes of user b from first to last, without the last, hold nothing."""
+    codewords = mass_BHKR.shape[2]
+    for code in range(first, last):
+        g, k = code // codewords, code % codewords
+        for h in range(g * heads, (g + 1) * heads):
+            for r in range(mass_BHKR.shape[3]):
+                mass_BHKR[b, h, k, r] = 0.0
+                for d in range(mean_BHKRD.shape[4]):
+                    mean_BHKRD[b, h, k, r, d] = 0.0
+
+
+_clear = numba.njit(cache=True)(unwrap(_clear))
+
+
+def _dense_loop(
+    place_B,
+    event_N,
+    code_MG,
+    value_MHD,
+    action_value_AHD,
+    rate_GPR,
+    mass_BHKR,
+    mean_BHKRD,
+    reference_ms_B,
+    count_B,
+    unknown_B,
+):
+    """`cache.fold` of each row's recent events into its entries, from the bytes straight into tensors.
+
+    place_B, event_N: dtypes PLACE and EVENT; a user whose status is not 0 gets zeros. Entries are
+    copied with their mass decayed; those that recent events enter are written over, by way of moments. Every number of
+    the tensors is written.
+    """
+    groups, heads, rates = rate_GPR.shape
+    codewords, width = mean_BHKRD.shape[2], mean_BHKRD.shape[4]
+    mass_X, mean_X, mean_address = mass_BHKR.reshape(-1), mean_BHKRD.reshape(-1), mean_BHKRD.ctypes.data
+    entries = heads * rates
+    mass_E, gross_E = np.zeros(groups * codewords * entries), np.zeros(groups * codewords * entries)
+    total_X = np.zeros(groups * codewords * entries * width)
+    net = np.zeros(groups * codewords, np.int64)
+    touched = np.zeros(groups * codewords, np.bool_)
+    touched_N = np.empty(groups * codewords, np.int64)
+    decay_GPR = np.empty((groups, heads, rates))
+    value_HD = np.empty((groups * heads, width))
+    value_address, value_bytes = value_MHD.ctypes.data, 4 * groups * heads * width
+    for b in range(place_B.shape[0]):
+        place = place_B[b]
+        reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
+        if place.status != 0:
+            _clear(mass_BHKR, mean_BHKRD, b, 0, groups * codewords, heads)
+            continue
+        reference_ms, touched_count = place.reference_ms, 0
+        first, last = place.first, place.first + place.events
+        for n in range(first, last):
+            reference_ms = max(reference_ms, event_N[n].time_ms)
+            if event_N[n].item >= code_MG.shape[0]:
+                event_N[n].item = UNKNOWN
+                unknown_B[b] += 1
+            item = event_N[n].item
+            for line in range(0, value_bytes, CACHE_LINE_BYTES):
+                prefetch(value_address + item * value_bytes + line)
+            for g in range(groups):
+                code = g * codewords + np.int64(code_MG[item, g])
+                if not touched[code]:
+                    touched[code] = True
+                    touched_N[touched_count] = code
+                    touched_count += 1
+                    net[code] = 0
+                    for m in range(entries):
+                        e = np.uint32(code * entries + m)
+                        mass_E[e] = gross_E[e] = 0.0
+                        for d in range(width):
+                            total_X[np.uint32(e * width) + d] = 0.0
+        age_ms = reference_ms - place.reference_ms
+        for g in range(groups):
+            for p in range(heads):
+                for r in range(rates):
+                    decay_GPR[g, p, r] = np.exp(-rate_GPR[g, p, r] * age_ms)
+        codes, nets, masses, means = place.codes, place.nets, place.masses, place.means
+        done = n = 0
+        while n < place.entries:
+            code = np.int64(load_u16(codes + 2 * n))
+            g = code // codewords
+            # Neighbours of a group lie side by side on both sides, if the group has one head.
+            run = 1
+            while (
+                heads == 1
+                and n + run < place.entries
+                and code + run < (g + 1) * codewords
+                and load_u16(codes + 2 * (n + run)) == code + run
+            ):
+                run += 1
+            _clear(mass_BHKR, mean_BHKRD, b, done, code, heads)
+            done = code + run
+            for p in range(heads):
+                at, h = (n * heads + p) * rates, g * heads + p
+                to = ((b * groups * heads + h) * codewords + code - g * codewords) * rates
+                copy(mean_address + 4 * width * to, means + 4 * width * at, 4 * width * run * rates)
+                for m in range(run * rates):
+                    mass = load_f32(masses + 4 * (at + m)) * decay_GPR[g, p, m % rates]
+                    if abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED):
+                        mass = 0.0
+                        for d in range(width):
+                            mean_X[width * (to + m) + d] = 0.0
+                    mass_X[to + m] = mass
+            for m in range(n, n + run):
+                moved = code + m - n
+                if touched[moved]:
+                    net[moved] = load_i32(nets + 4 * m)
+                    for p in range(heads):
+                        for r in range(rates):
+                            at = (m * heads + p) * rates + r
+                            mass = load_f32(masses + 4 * at) * decay_GPR[g, p, r]
+                            e = np.uint32((moved * heads + p) * rates + r)
+                            mass_E[e], gross_E[e] = mass, abs(mass)
+                            for d in range(width):
+                                total_X[np.uint32(e * width) + d] = mass * load_f32(means + 4 * (width * at + d))
+            n += run
+        _clear(mass_BHKR, mean_BHKRD, b, done, groups * codewords, heads)
+        for n in range(first, last):
+            item, action, weight = event_N[n].item, event_N[n].action, event_N[n].weight
+            for h in range(groups * heads):
+                for d in range(width):
+                    value_HD[h, d] = value_MHD[item, h, d] + action_value_AHD[action, h, d]
+            event_age_ms = reference_ms - event_N[n].time_ms
+            for g in range(groups):
+                code = g * codewords + np.int64(code_MG[item, g])
+                net[code] += 1 if weight > 0 else -1
+                _add(mass_E, gross_E, total_X, code, weight, event_age_ms, rate_GPR, g, value_HD)
+        for n in range(touched_count):
+            code = touched_N[n]
+            touched[code] = False
+            _settle(mass_E, gross_E, total_X, code, net[code], entries, width)
+            g, k = code // codewords, code % codewords
+            for p in range(heads):
+                for r in range(rates):
+                    e = np.uint32((code * heads + p) * rates + r)
+                    to = np.uint32((((b * groups + g) * heads + p) * codewords + k) * rates + r)
+                    mass, x, y = mass_E[e], np.uint32(e * width), np.int64(to) * width
+                    if abs(np.float32(mass)) >= np.float32(VANISHED):
+                        mass_X[to] = mass
+                        for d in range(width):
+                            mean_X[y + d] = total_X[x + d] / mass
+                    else:
+                        mass_X[to] = 0.0
+                        for d in range(width):
+                            mean_X[y + d] = 0.0
+        reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
+
+
+dense_kernel = numba.njit(cache=True, nogil=True)(unwrap(_dense_loop))

@@ -1,0 +1,184 @@
+"""Where the parts of many rows lie in memory, checked: what a reader of a whole batch needs in place of decoding.
+
+The same checks as `models.row.decode_row` and `models.wire.decode_folded` make of one row, in one compiled call and
+without copying: sections are given by the addresses of their payloads. One thing more is checked here, because a
+ranker reads without the fence: that the two parts belong together. Knows bytes and no algebra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import unwrap
+from typing import NamedTuple
+
+import google_crc32c
+import numba
+import numpy as np
+
+from models.cache import CacheSpec
+from models.cache_kernels import EVENT, PLACE
+from models.memory import addresses, load_f32, load_i64, load_u16, load_u32, load_u64
+from models.row import RowBytes
+from models.wire import (
+    CODES,
+    CRC_BYTES,
+    EVENTS,
+    F32,
+    FOLDED_MAGIC,
+    HEADER_BYTES,
+    I32,
+    MASSES,
+    MEANS,
+    NETS,
+    RECENT,
+    RECENT_HEAD,
+    RECENT_MAGIC,
+    RECORD,
+    SECTION_BYTES,
+    SOUND_CRC,
+    U16,
+    VERSION,
+    offset_in,
+)
+
+SOUND, DAMAGED, FOREIGN, ABSENT = 0, 1, 2, 3
+
+_AT = {name: offset_in(RECENT_HEAD, name) for name in RECENT_HEAD.names or ()}
+_VERSION_AT, _SECTIONS_AT, _IDENTITY_AT = _AT["version"], _AT["sections"], _AT["checkpoint"]
+_EPOCH_AT, _OFFSET_AT, _REVISION_AT = _AT["epoch"], _AT["offset"], _AT["revision"]
+_REFERENCE_AT, _COUNT_AT = _AT["reference_ms"], _AT["event_count"]
+_DTYPE_AT, _ITEMS_AT, _SIZE_AT = (_AT[name] - HEADER_BYTES for name in ("dtype", "items", "size_bytes"))
+_FOLDED_WORD, _RECENT_WORD = (int.from_bytes(magic, "little") for magic in (FOLDED_MAGIC, RECENT_MAGIC))
+_TIME_AT, _ITEM_AT, _WEIGHT_AT = (offset_in(RECENT, name) for name in ("time", "item", "weight"))
+_RECORD_BYTES = RECENT.itemsize
+
+
+class RowPlaces(NamedTuple):
+    """The places of B rows (dtype PLACE), their recent events (dtype EVENT), and the parts that places point into."""
+
+    place_B: np.ndarray
+    event_N: np.ndarray
+    parts: list[bytes]
+
+
+def place_rows(rows: Sequence[RowBytes | None], spec: CacheSpec, actions: int) -> RowPlaces:
+    """Find and check the parts of these rows; `actions` is how many the checkpoint knows."""
+    place_B = np.zeros(len(rows), PLACE)
+    place_B["status"] = ABSENT
+    present = [b for b, row in enumerate(rows) if row is not None]
+    parts: list[bytes] = []
+    event_N = np.empty(0, EVENT)
+    for row in rows:
+        if row is not None:
+            parts += (row.folded, row.recent)
+    if parts:
+        size_P = np.fromiter(map(len, parts), np.int64, len(parts))
+        sound_P = np.fromiter(map(google_crc32c.value, parts), np.uint32, len(parts)) == SOUND_CRC
+        identity = np.frombuffer(bytes.fromhex(spec.checkpoint_id), np.uint64)
+        entry = spec.heads // spec.groups * spec.rates * 4
+        size_2 = np.array([entry, entry * spec.value_width])
+        limit_2 = np.array([spec.groups * spec.codewords, actions])
+        event_N = np.empty(int(size_P[1::2].sum()) // _RECORD_BYTES, EVENT)
+        at = addresses(parts)
+        _place_kernel(at, size_P, sound_P, identity, size_2, limit_2, np.array(present), place_B, event_N)
+    return RowPlaces(place_B, event_N, parts)
+
+
+def _header(address, size, sound, magic, identity):
+    """The status of one part by its header."""
+    if size < HEADER_BYTES + CRC_BYTES or not sound:
+        return DAMAGED
+    if load_u32(address) != magic or load_u16(address + _VERSION_AT) != VERSION:
+        return DAMAGED
+    if load_u64(address + _IDENTITY_AT) != identity[0] or load_u64(address + _IDENTITY_AT + 8) != identity[1]:
+        return FOREIGN
+    return SOUND
+
+
+def _section(address, size, kind, dtype, item_bytes):
+    """Address and number of items of the section of this kind; -1 for an address that cannot be used."""
+    at, end, found, items = address + HEADER_BYTES, address + size - CRC_BYTES, -1, np.int64(0)
+    for _ in range(load_u16(address + _SECTIONS_AT)):
+        if at + SECTION_BYTES > end:
+            return -1, np.int64(0)
+        payload, size_bytes = at + SECTION_BYTES, load_i64(at + _SIZE_AT)
+        if size_bytes < 0 or size_bytes > end - payload:
+            return -1, np.int64(0)
+        if load_u16(at) == kind:
+            found, items = payload, np.int64(load_u32(at + _ITEMS_AT))
+            if load_u16(at + _DTYPE_AT) != dtype or items * item_bytes != size_bytes:
+                found, items = -1, np.int64(0)
+        at = payload + size_bytes
+    return found, items
+
+
+def _rising(codes, entries, limit):
+    last = -1
+    for n in range(entries):
+        code = np.int64(load_u16(codes + 2 * n))
+        if code <= last or code >= limit:
+            return False
+        last = code
+    return True
+
+
+def _unpack(folded, records, place, actions, event_N):
+    """Take the recent events out; whether they follow what is folded, up to the row's stamp, with known actions."""
+    folded_epoch, folded_offset = np.int64(load_u32(folded + _EPOCH_AT)), load_i64(folded + _OFFSET_AT)
+    if folded_epoch > place.epoch or (folded_epoch == place.epoch and folded_offset > place.offset):
+        return False
+    last = folded_offset if folded_epoch == place.epoch else -1
+    for n in range(place.events):
+        record, event = records + n * _RECORD_BYTES, event_N[place.first + n]
+        offset, time = np.int64(load_u64(record) >> np.uint64(16)), load_u64(record + _TIME_AT)
+        event.time_ms, event.action = np.int64(time >> np.uint64(16)), np.int64(time >> np.uint64(8)) & 0xFF
+        event.item, event.weight = np.int64(load_u32(record + _ITEM_AT)), load_f32(record + _WEIGHT_AT)
+        if offset <= last or offset > place.offset or event.action >= actions:
+            return False
+        last = offset
+    return True
+
+
+_header, _section, _rising, _unpack = (
+    numba.njit(cache=True)(unwrap(each)) for each in (_header, _section, _rising, _unpack)
+)
+
+
+def _place_loop(address_P, size_P, sound_P, identity, size_2, limit_2, present_U, place_B, event_N):
+    first = 0
+    for u in range(present_U.shape[0]):
+        place = place_B[present_U[u]]
+        folded, recent = address_P[2 * u], address_P[2 * u + 1]
+        folded_size, recent_size = size_P[2 * u], size_P[2 * u + 1]
+        place.status = _header(folded, folded_size, sound_P[2 * u], _FOLDED_WORD, identity)
+        if place.status == SOUND:
+            place.status = _header(recent, recent_size, sound_P[2 * u + 1], _RECENT_WORD, identity)
+        if place.status != SOUND:
+            continue
+        place.codes, place.entries = _section(folded, folded_size, CODES, U16, 2)
+        place.nets, nets = _section(folded, folded_size, NETS, I32, 4)
+        place.masses, masses = _section(folded, folded_size, MASSES, F32, size_2[0])
+        place.means, means = _section(folded, folded_size, MEANS, F32, size_2[1])
+        records, place.events = _section(recent, recent_size, EVENTS, RECORD, _RECORD_BYTES)
+        place.first, first = first, first + place.events
+        place.reference_ms, place.count = load_i64(folded + _REFERENCE_AT), load_i64(folded + _COUNT_AT)
+        place.epoch, place.offset = np.int64(load_u32(recent + _EPOCH_AT)), load_i64(recent + _OFFSET_AT)
+        place.revision = np.int64(load_u32(recent + _REVISION_AT))
+        found = min(place.codes, place.nets, place.masses, place.means, records) >= 0
+        if (
+            not found
+            or nets != place.entries
+            or masses != place.entries
+            or means != place.entries
+            or not _rising(place.codes, place.entries, limit_2[0])
+            or not _unpack(folded, records, place, limit_2[1], event_N)
+        ):
+            place.status = DAMAGED
+
+
+_place_kernel = numba.njit(cache=True, nogil=True)(unwrap(_place_loop))
+
+
+def stamps(place_B: np.ndarray) -> list[tuple[int, int, int]]:
+    """Each row's place in the order of stamps (epoch, offset, revision)."""
+    return list(zip(place_B["epoch"].tolist(), place_B["offset"].tolist(), place_B["revision"].tolist(), strict=True))

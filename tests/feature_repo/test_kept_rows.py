@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import pytest
+
+from feature_repo.kept_rows import KeptRows
+from models.checkpoint import Checkpoint
+from models.dense_caches import placed
+from models.row import Fold, RowBytes, encode_row
+from tests.feature_repo.rows import small_rows
+
+
+class Clock:
+    """Seconds that the test turns."""
+
+    now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def rows(checkpoint: Checkpoint, fold: Fold) -> dict[str, RowBytes]:
+    return {user_id: encode_row(row) for user_id, row in small_rows(checkpoint, fold, 400).items()}
+
+
+@pytest.fixture
+def older(checkpoint: Checkpoint, fold: Fold) -> dict[str, RowBytes]:
+    return {user_id: encode_row(row) for user_id, row in small_rows(checkpoint, fold, 200).items()}
+
+
+def renew(kept: KeptRows, rows: dict[str, RowBytes | None], fold: Fold) -> list[str]:
+    """Who has an older row than before."""
+    users, data = list(rows), list(rows.values())
+    return [users[b] for b in kept.renew(users, data, placed(data, fold))]
+
+
+def test_rows_are_kept_for_a_while_after_the_store_gave_them_last(rows, fold: Fold) -> None:
+    clock = Clock()
+    kept = KeptRows(1 << 20, 10.0, clock)
+    assert renew(kept, rows, fold) == []
+    clock.now_s += 8
+    assert kept.get(["u0", "nobody", "u1"]) == [rows["u0"], None, rows["u1"]]
+    renew(kept, {"u0": rows["u0"]}, fold)
+    clock.now_s += 8
+    assert kept.get(["u0", "u1"]) == [rows["u0"], None]
+
+
+def test_a_store_that_goes_back_is_noticed_until_what_is_kept_is_too_old(rows, older, fold: Fold) -> None:
+    clock = Clock()
+    kept = KeptRows(1 << 20, 10.0, clock)
+    renew(kept, rows, fold)
+    assert renew(kept, older, fold) == list(older)
+    assert kept.get(["u0"]) == [rows["u0"]]
+    clock.now_s += 11
+    assert renew(kept, older, fold) == []
+    assert kept.get(["u0"]) == [older["u0"]]
+    assert renew(kept, rows, fold) == []
+    assert kept.get(["u0"]) == [rows["u0"]]
+
+
+def test_users_whom_the_store_has_not_are_forgotten_and_damage_is_not_kept(rows, fold: Fold) -> None:
+    kept = KeptRows(1 << 20, 10.0, Clock())
+    renew(kept, rows, fold)
+    damaged = RowBytes(folded=rows["u1"].folded[:-1], recent=rows["u1"].recent)
+    assert renew(kept, {"u0": None, "u1": damaged}, fold) == []
+    assert kept.get(["u0", "u1"]) == [None, rows["u1"]]
+    kept.clear()
+    assert kept.get(list(rows)) == [None] * len(rows)
+    assert kept.size_bytes == 0
+
+
+def test_the_least_recently_used_go_first(rows, fold: Fold) -> None:
+    size = max(row.size_bytes for row in rows.values()) + 1000
+    kept = KeptRows(2 * size, 10.0, Clock())
+    for user_id in ("u0", "u1"):
+        renew(kept, {user_id: rows[user_id]}, fold)
+    kept.get(["u0"])
+    renew(kept, {"u2": rows["u2"]}, fold)
+    assert [row is not None for row in kept.get(["u0", "u1", "u2"])] == [True, False, True]
+    assert 0 < kept.size_bytes <= 2 * size
+    tiny = KeptRows(10, 10.0, Clock())
+    renew(tiny, rows, fold)
+    assert tiny.size_bytes == 0
