@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from tests.kafka_broker import Broker
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, those that need a time limit of their own: begun last, one of them would be waited for."""
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
+
+
 @pytest.fixture(scope="session")
 def spark() -> Iterator[SparkSession]:
     """The product's own session, started by the first test that asks for it."""
