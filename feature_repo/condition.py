@@ -14,7 +14,7 @@ import msgspec
 
 from feature_repo.redis_scripts import GENERATION
 from feature_repo.sqlite_store import SqliteRows
-from feature_repo.store import Backfill, RowStore
+from feature_repo.store import Backfill, Progress, RowStore
 from models.errors import StoreError
 
 EMBEDDED = "embedded (SQLite)"
@@ -77,7 +77,7 @@ def _checkpoint(rows: RowStore, checkpoint_id: str) -> CheckpointCondition:
 
 
 def _checkpoint_faults(found: CheckpointCondition) -> Iterator[Fault]:
-    if found.backfill is None and not found.positions:
+    if not Progress(positions=found.positions, backfill=found.backfill).begun:
         yield Fault(
             what=f"checkpoint {found.checkpoint_id} has neither a backfill nor positions, so readers refuse it",
             remedy="run vql backfill, or wait until the stream has committed its first positions",

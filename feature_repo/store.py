@@ -64,7 +64,8 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def begun(self) -> bool:
         """Whether anything says that users without a row have no events; in a store that was emptied nothing does."""
-        return bool(self.positions) or self.backfill is not None
+        # A stream that has begun commits -1, the position before the first, and has put nothing by then.
+        return self.backfill is not None or any(offset >= 0 for _, offset in self.positions.values())
 
 
 class RowStore(Protocol):
