@@ -185,6 +185,8 @@ def test_an_erased_user_is_absent_at_once_and_stays_so(rows, reader, checkpoint,
 def test_a_store_that_was_never_filled_is_refused_and_one_that_is_filled_then_is_read(rows, reader, checkpoint, fold):
     with pytest.raises(StoreError, match=r"neither a backfill nor positions .* run vql backfill"):
         reader.read(["u0"])
+    # A stream that has only begun has put nothing yet.
+    rows.commit_positions(checkpoint.checkpoint_id, 1, {0: -1})
     with pytest.raises(StoreError, match="neither a backfill nor positions"):
         asyncio.run(reader.read_async(["u0"]))
     assert reader.metrics.registry.get_sample_value("vql_reader_refused_total") == 2
