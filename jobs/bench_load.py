@@ -13,14 +13,13 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from confluent_kafka import Producer
 
 from models.checkpoint import ACTION_VALUES, OTHER_ACTION, Checkpoint, Manifest, Sizes, write_checkpoint
 from models.errors import MachineError
 from models.event import Event
-from models.item_table import append_segments
+from models.item_table import append_segments, segment_table
 
 ITEMS = 20_000
 ITEM_SKEW = 0.8
@@ -122,16 +121,8 @@ def random_checkpoint(path: Path, sizes: Sizes, seed: int = 0) -> Checkpoint:
     checkpoint = write_checkpoint(path, manifest, {ACTION_VALUES: action_values}, {"item_id": item_ids})
     code_MG = rng.integers(0, sizes.codewords, (ITEMS + 1, sizes.groups))
     value_MV = rng.normal(size=(ITEMS + 1, sizes.heads * sizes.value_width))
-    table = pa.table(
-        {
-            "item_id": pa.array(["", *item_ids], pa.string()),
-            "code": pa.array(code_MG.tolist(), pa.list_(pa.uint16())),
-            "value": pa.array(value_MV.tolist(), pa.list_(pa.float32())),
-            "feature": pa.array([[n] for n in range(ITEMS + 1)], pa.list_(pa.int32())),
-        }
-    )
     checkpoint.items_path.mkdir()
     segment = checkpoint.items_path / "items-00000.parquet"
-    pq.write_table(table, segment)
+    pq.write_table(segment_table(["", *item_ids], code_MG, value_MV, np.arange(ITEMS + 1)[:, None]), segment)
     append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [segment])
     return checkpoint
