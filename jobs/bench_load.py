@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -25,7 +26,7 @@ ITEMS = 20_000
 ITEM_SKEW = 0.8
 ACTIONS = (OTHER_ACTION, "purchase", "view")
 DAY_MS = 86_400_000.0
-PRODUCE_WAIT_S = 120.0
+PRODUCE_WAIT_S, QUEUE_WAIT_S = 120.0, 0.02
 Record = tuple[bytes | None, bytes | None]
 
 
@@ -83,16 +84,21 @@ def _cumulative(count: int, skew: float) -> np.ndarray:
     return cumulative
 
 
+def produce_in_turn(producer: Producer, *arguments: Any, **options: Any) -> None:
+    """`producer.produce`, once its queue has room."""
+    while True:
+        try:
+            producer.produce(*arguments, **options)
+            return
+        except BufferError:
+            producer.poll(QUEUE_WAIT_S)
+
+
 def fill(address: str, topic: str, records: Sequence[Record]) -> None:
     """Append the records to the topic. Raises MachineError when the broker does not take them all in time."""
     producer = Producer({"bootstrap.servers": address, "linger.ms": 20, "queue.buffering.max.messages": 500_000})
     for key, value in records:
-        while True:
-            try:
-                producer.produce(topic, value, key)
-                break
-            except BufferError:
-                producer.poll(0.05)
+        produce_in_turn(producer, topic, value, key)
     if left := producer.flush(PRODUCE_WAIT_S):
         raise MachineError(f"the broker at {address} did not take {left:,} records in {PRODUCE_WAIT_S:g} s")
 
