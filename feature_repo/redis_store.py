@@ -75,10 +75,10 @@ class RedisRows:
         return RedisRows, (self.settings,)
 
     def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
-        opened, shards, found = self._open(), _shards(checkpoint_id), []
+        opened, found = self._open(), []
         for start in range(0, len(user_ids), USERS_PER_READ):
-            users = [_encoded(user_id) for user_id in user_ids[start : start + USERS_PER_READ]]
-            commands = [("HMGET", shards[crc32(user) % SHARDS][1] + user, b"f", b"r") for user in users]
+            users = user_ids[start : start + USERS_PER_READ]
+            commands = [("HMGET", row_key(checkpoint_id, user_id), b"f", b"r") for user_id in users]
             found += opened.ask(commands, opened.link.fetch)
         # Half a row is no row of ours; its reader will say so.
         return [None if f is None else RowBytes(folded=f, recent=r or b"") for f, r in found]

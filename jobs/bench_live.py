@@ -18,7 +18,7 @@ import psutil
 from confluent_kafka import KafkaError, Message, Producer
 
 from feature_repo.redis_store import row_key, unpacked_stamp
-from jobs.bench_load import Traffic
+from jobs.bench_load import Traffic, produce_in_turn
 from jobs.local_servers import KafkaServer, RedisServer
 
 PROBES_PER_S = 50
@@ -81,7 +81,7 @@ def _produce(site: Site, traffic: Traffic, events_per_s: float, seconds: float, 
         due = int(passed_s * events_per_s) - sent
         for key, value in traffic.draw(due, int(time.time() * 1000)):
             told = _placed(probed, key.decode(), time.monotonic()) if sent % every == 0 else None
-            _send(producer, site.topic, key, value, told)
+            produce_in_turn(producer, site.topic, value, key, **({} if told is None else {"on_delivery": told}))
             sent += 1
         producer.poll(0)
         time.sleep(TICK_S)
@@ -89,19 +89,7 @@ def _produce(site: Site, traffic: Traffic, events_per_s: float, seconds: float, 
     return sent
 
 
-def _send(producer: Producer, topic: str, key: bytes, value: bytes, told: Told | None) -> None:
-    options = {} if told is None else {"on_delivery": told}
-    while True:
-        try:
-            producer.produce(topic, value, key, **options)
-            return
-        except BufferError:
-            producer.poll(TICK_S)
-
-
-def _placed(
-    probed: Callable[[Probe], None], user_id: str, now_s: float
-) -> Callable[[KafkaError | None, Message], None]:
+def _placed(probed: Callable[[Probe], None], user_id: str, now_s: float) -> Told:
     def told(error: KafkaError | None, message: Message) -> None:
         if error is None:
             place = {"partition": message.partition(), "offset": message.offset()}

@@ -10,23 +10,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from confluent_kafka import Producer
 
 from models.checkpoint import ACTION_VALUES, OTHER_ACTION, Checkpoint, Manifest, Sizes, write_checkpoint
 from models.errors import MachineError
 from models.event import Event
-from models.item_table import append_segments
+from models.item_table import append_segments, segment_table
 
 ITEMS = 20_000
 ITEM_SKEW = 0.8
 ACTIONS = (OTHER_ACTION, "purchase", "view")
 DAY_MS = 86_400_000.0
-PRODUCE_WAIT_S = 120.0
+PRODUCE_WAIT_S, QUEUE_WAIT_S = 120.0, 0.02
 Record = tuple[bytes | None, bytes | None]
 
 
@@ -84,16 +84,21 @@ def _cumulative(count: int, skew: float) -> np.ndarray:
     return cumulative
 
 
+def produce_in_turn(producer: Producer, *arguments: Any, **options: Any) -> None:
+    """`producer.produce`, once its queue has room."""
+    while True:
+        try:
+            producer.produce(*arguments, **options)
+            return
+        except BufferError:
+            producer.poll(QUEUE_WAIT_S)
+
+
 def fill(address: str, topic: str, records: Sequence[Record]) -> None:
     """Append the records to the topic. Raises MachineError when the broker does not take them all in time."""
     producer = Producer({"bootstrap.servers": address, "linger.ms": 20, "queue.buffering.max.messages": 500_000})
     for key, value in records:
-        while True:
-            try:
-                producer.produce(topic, value, key)
-                break
-            except BufferError:
-                producer.poll(0.05)
+        produce_in_turn(producer, topic, value, key)
     if left := producer.flush(PRODUCE_WAIT_S):
         raise MachineError(f"the broker at {address} did not take {left:,} records in {PRODUCE_WAIT_S:g} s")
 
@@ -122,16 +127,8 @@ def random_checkpoint(path: Path, sizes: Sizes, seed: int = 0) -> Checkpoint:
     checkpoint = write_checkpoint(path, manifest, {ACTION_VALUES: action_values}, {"item_id": item_ids})
     code_MG = rng.integers(0, sizes.codewords, (ITEMS + 1, sizes.groups))
     value_MV = rng.normal(size=(ITEMS + 1, sizes.heads * sizes.value_width))
-    table = pa.table(
-        {
-            "item_id": pa.array(["", *item_ids], pa.string()),
-            "code": pa.array(code_MG.tolist(), pa.list_(pa.uint16())),
-            "value": pa.array(value_MV.tolist(), pa.list_(pa.float32())),
-            "feature": pa.array([[n] for n in range(ITEMS + 1)], pa.list_(pa.int32())),
-        }
-    )
     checkpoint.items_path.mkdir()
     segment = checkpoint.items_path / "items-00000.parquet"
-    pq.write_table(table, segment)
+    pq.write_table(segment_table(["", *item_ids], code_MG, value_MV, np.arange(ITEMS + 1)[:, None]), segment)
     append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [segment])
     return checkpoint

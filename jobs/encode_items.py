@@ -25,19 +25,9 @@ from jobs.spark import errors_of_workers, read_delta
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import CheckpointError, InputError
 from models.files import locked
-from models.item_table import append_segments, read_index
+from models.item_table import SEGMENT, append_segments, read_index, segment_table
 from models.load import load_ranker
 from models.ranker import Ranker, VqlHistory
-
-# Spark has no unsigned integers: codes travel as int32 and are narrowed when the table is loaded.
-SEGMENT = pa.schema(
-    [
-        ("item_id", pa.string()),
-        ("code", pa.list_(pa.int32())),
-        ("value", pa.list_(pa.float32())),
-        ("feature", pa.list_(pa.int32())),
-    ]
-)
 
 
 @errors_of_workers()
@@ -79,15 +69,7 @@ def encode_table(ranker: Ranker, item_ids: list[str], feature_NF: np.ndarray) ->
         x_Nd = ranker.encoder.encode(torch.from_numpy(feature_NF))
         code_NG = ranker.history.codes(x_Nd).numpy()
         value_NV = ranker.history.values(x_Nd).flatten(1).numpy()
-    return pa.table(
-        {
-            "item_id": item_ids,
-            "code": pa.array(list(code_NG.astype(np.int32)), pa.list_(pa.int32())),
-            "value": pa.array(list(value_NV), pa.list_(pa.float32())),
-            "feature": pa.array(list(feature_NF.astype(np.int32)), pa.list_(pa.int32())),
-        },
-        schema=SEGMENT,
-    )
+    return segment_table(item_ids, code_NG, value_NV, feature_NF)
 
 
 def _known_segments(folder: Path, checkpoint_id: str) -> list[str]:

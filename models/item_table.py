@@ -5,7 +5,7 @@ looks items up here. Row 0 is the unknown item, which stands for every item the 
 only ever appended (`encode-items`), so an index written into a row of the cache stays valid.
 
 On disk: <checkpoint>/items/items.json names the segments in order, with their sizes and hashes; a segment is a
-Parquet file with columns item_id, code (G x uint16), value (H * D x float32) and feature (F x int32, the embedding
+Parquet file with columns item_id, code (G x int32), value (H * D x float32) and feature (F x int32, the embedding
 row of each item field, with which a ranker encodes candidates). The file items.json is replaced atomically, after
 its segments are complete.
 
@@ -28,6 +28,15 @@ from models.errors import CheckpointError, MismatchError
 from models.files import replace_file, sha256_file
 
 UNKNOWN = 0
+# Spark has no unsigned integers: codes travel as int32 and are narrowed when the table is loaded.
+SEGMENT = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("code", pa.list_(pa.int32())),
+        ("value", pa.list_(pa.float32())),
+        ("feature", pa.list_(pa.int32())),
+    ]
+)
 
 
 class Segment(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +83,21 @@ def read_index(folder: Path) -> TableIndex:
         raise CheckpointError(f"{folder} holds no item table; run: vql encode-items") from error
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
+
+
+def segment_table(
+    item_ids: Sequence[str], code_NG: np.ndarray, value_NV: np.ndarray, feature_NF: np.ndarray
+) -> pa.Table:
+    """Items as the columns of a segment; V = H * D."""
+    return pa.table(
+        {
+            "item_id": item_ids,
+            "code": pa.array(list(code_NG.astype(np.int32)), pa.list_(pa.int32())),
+            "value": pa.array(list(value_NV.astype(np.float32)), pa.list_(pa.float32())),
+            "feature": pa.array(list(feature_NF.astype(np.int32)), pa.list_(pa.int32())),
+        },
+        schema=SEGMENT,
+    )
 
 
 def append_segments(folder: Path, checkpoint_id: str, files: Sequence[Path]) -> TableIndex:

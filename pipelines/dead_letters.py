@@ -137,7 +137,7 @@ def merge(path: Path, rows: pa.Table, change: Callable[[TableMerger], TableMerge
 
 
 def _tidy(table: DeltaTable) -> None:
-    """Now and then, make one file of many: each write adds one, and a merge takes a millisecond for each."""
+    """Now and then, make one file of many: each write adds one, and a merge looks at each."""
     if table.version() % WRITES_PER_TIDY:
         return
     try:

@@ -40,9 +40,12 @@ class HeldLetters:
             for letter in letters:
                 if not self._letters:
                     self._since_s = self._clock()
-                self._letters.append(letter)
-                self._size_bytes += letter.size_bytes
-                self._first[letter.partition] = min(letter.offset, self._first.get(letter.partition, letter.offset))
+                self._note(letter)
+
+    def _note(self, letter: DeadLetter) -> None:
+        self._letters.append(letter)
+        self._size_bytes += letter.size_bytes
+        self._first[letter.partition] = min(letter.offset, self._first.get(letter.partition, letter.offset))
 
     @property
     def full(self) -> bool:
@@ -70,11 +73,10 @@ class HeldLetters:
                 return
             write(letters)
             with self._turn:
-                self._letters = self._letters[len(letters) :]
-                self._size_bytes = sum(letter.size_bytes for letter in self._letters)
-                self._since_s, self._first = self._clock(), {}
-                for letter in self._letters:
-                    self._first[letter.partition] = min(letter.offset, self._first.get(letter.partition, letter.offset))
+                came_meanwhile = self._letters[len(letters) :]
+                self._letters, self._size_bytes, self._first, self._since_s = [], 0, {}, self._clock()
+                for letter in came_meanwhile:
+                    self._note(letter)
                 waiting, self._waiting = self._waiting, {}
             for partition, (commit, offset) in waiting.items():
                 self.commit(partition, offset, commit)

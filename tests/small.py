@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.checkpoint import ACTION_VALUES, OTHER_ACTION, Checkpoint, Manifest, Sizes, write_checkpoint
 from models.event import Event
-from models.item_table import append_segments
+from models.item_table import append_segments, segment_table
 
 HOUR_MS = 3_600_000
 START_MS = 1_600_000_000_000
@@ -52,15 +51,8 @@ def write_items(checkpoint: Checkpoint, item_ids: list[str], name: str, seed: in
     rng, sizes = np.random.default_rng(seed), checkpoint.manifest.sizes
     code_MG = rng.integers(0, sizes.codewords, (len(item_ids), sizes.groups))
     value_MV = rng.normal(size=(len(item_ids), sizes.heads * sizes.value_width))
-    table = pa.table(
-        {
-            "item_id": pa.array(item_ids, pa.string()),
-            "code": pa.array(code_MG.tolist(), pa.list_(pa.uint16())),
-            "value": pa.array(value_MV.tolist(), pa.list_(pa.float32())),
-            "feature": pa.array([[n] for n in range(len(item_ids))], pa.list_(pa.int32())),
-        }
-    )
     checkpoint.items_path.mkdir(exist_ok=True)
+    table = segment_table(item_ids, code_MG, value_MV, np.arange(len(item_ids))[:, None])
     pq.write_table(table, checkpoint.items_path / name)
     append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [checkpoint.items_path / name])
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from confluent_kafka import Producer
 
+from jobs.bench_load import produce_in_turn
 from models.checkpoint import ACTION_VALUES, OTHER_ACTION, Checkpoint, Manifest, Sizes, write_checkpoint
 from tests.kafka_broker import START_WAIT_S, Broker
 from tests.small import HOUR_MS, write_items
@@ -129,12 +130,7 @@ def produce(broker: Broker, name: str, log: GitLog) -> str:
             f'{{"event_id":"{event_id}","user_id":"u{user}","item_id":"i{item}","action":"{action}",'
             f'"event_time_ms":{time_ms},"weight":{weight!r}}}'
         )
-        while True:
-            try:
-                producer.produce(topic, value, f"u{user}", partition, timestamp=log_time_ms)
-                break
-            except BufferError:
-                producer.poll(0.05)
+        produce_in_turn(producer, topic, value, f"u{user}", partition, timestamp=log_time_ms)
     assert producer.flush(START_WAIT_S) == 0, f"topic {topic} did not take all records"
     return topic
 

@@ -84,11 +84,12 @@ class Running:
 
     def wait(self) -> Ended:
         code = self.streams.ask({"wait": self.pid})
-        report = self.folder / f"{self.pid}.json"
+        report, output = (self.folder / f"{self.pid}.{kind}" for kind in ("json", "out"))
         return Ended(
             code=code,
             report=msgspec.json.decode(report.read_bytes()) if report.exists() else {},
-            output=(self.folder / f"{self.pid}.out").read_text(),
+            # One that is killed as soon as it is started has not opened it yet.
+            output=output.read_text() if output.exists() else "",
         )
 
 
