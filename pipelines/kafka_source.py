@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from weakref import WeakSet
 
 import numpy as np
 import structlog
@@ -168,21 +169,24 @@ class Turns:
     """How the readers of a process share its time: whoever has given all that was there lets the others go on."""
 
     def __init__(self) -> None:
-        self._readers = self._idle_in_a_row = 0
+        # Weakly held: a runner that fails drops its readers without closing them.
+        self._readers: WeakSet[object] = WeakSet()
+        self._idle_in_a_row = 0
 
-    def join(self) -> None:
-        self._readers += 1
+    def join(self, reader: object) -> None:
+        self._readers.add(reader)
 
-    def leave(self) -> None:
-        self._readers -= 1
+    def leave(self, reader: object) -> None:
+        self._readers.discard(reader)
 
     def note(self, found: bool) -> None:
         self._idle_in_a_row = 0 if found else self._idle_in_a_row + 1
 
     def wait_s(self, behind: bool) -> float:
         """How long a reader without records waits for some: not at all while another one has any."""
-        others_idle = self._idle_in_a_row >= self._readers - 1
-        return (FETCH_WAIT_S if behind else IDLE_WAIT_S) / self._readers if others_idle else 0.0
+        readers = len(self._readers)
+        others_idle = self._idle_in_a_row >= readers - 1
+        return (FETCH_WAIT_S if behind else IDLE_WAIT_S) / readers if others_idle else 0.0
 
 
 @lru_cache(maxsize=1)
@@ -206,7 +210,7 @@ class KafkaReader(UnboundedReader):
         self._consumer = Consumer(source.kafka.client() | READER_OPTIONS | own)
         self._consumer.assign([self._at])
         self._turns = process_turns()
-        self._turns.join()
+        self._turns.join(self)
         self._gave_all = False
 
     def start(self) -> bool:
@@ -245,7 +249,7 @@ class KafkaReader(UnboundedReader):
         return PositionMark(ledger=self._source.ledger, partition=self._partition, offset=self._offset)
 
     def close(self) -> None:
-        self._turns.leave()
+        self._turns.leave(self)
         self._consumer.close()
 
     def _finished(self) -> bool:

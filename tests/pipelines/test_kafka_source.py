@@ -29,7 +29,15 @@ from models.wire import Stamp
 from pipelines import kafka_source, kafka_topic
 from pipelines.dead_letters import read_dead_letters
 from pipelines.kafka_settings import kafka_settings
-from pipelines.kafka_source import FETCH_WAIT_S, IDLE_WAIT_S, GroupOffsets, KafkaReader, KafkaSource, Turns
+from pipelines.kafka_source import (
+    FETCH_WAIT_S,
+    IDLE_WAIT_S,
+    GroupOffsets,
+    KafkaReader,
+    KafkaSource,
+    Turns,
+    process_turns,
+)
 from pipelines.kafka_topic import KafkaLog, open_topic
 from pipelines.records import Ledger, Slice
 from pipelines.stream import StreamPlan, run
@@ -49,6 +57,7 @@ Places = Sequence[tuple[int, int]]
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     forget_opened()
+    process_turns.cache_clear()
 
 
 @pytest.fixture
@@ -178,18 +187,32 @@ def test_a_reader_that_gave_all_there_was_gives_way_once(broker: Broker, topic: 
 
 
 def test_readers_wait_only_while_all_of_them_are_idle() -> None:
+    class Reader: ...
+
     turns = Turns()
-    for _ in range(4):
-        turns.join()
+    readers = [Reader() for _ in range(4)]
+    for reader in readers:
+        turns.join(reader)
     turns.note(found=True)
     waited_s = []
     for _ in range(5):
         waited_s.append(turns.wait_s(behind=False))
         turns.note(found=False)
     assert waited_s == [0.0, 0.0, 0.0, IDLE_WAIT_S / 4, IDLE_WAIT_S / 4]
-    for _ in range(3):
-        turns.leave()
-    assert turns.wait_s(behind=True) == FETCH_WAIT_S
+    turns.leave(readers[0])
+    turns.leave(readers[0])
+    assert turns.wait_s(behind=True) == FETCH_WAIT_S / 3
+
+
+def test_a_reader_that_was_dropped_without_being_closed_takes_no_turn() -> None:
+    class Reader: ...
+
+    turns = Turns()
+    kept, dropped = Reader(), Reader()
+    turns.join(kept)
+    turns.join(dropped)
+    del dropped
+    assert turns.wait_s(behind=False) == IDLE_WAIT_S
 
 
 def test_a_reader_made_from_a_mark_goes_on_after_it(broker: Broker, topic: str, tmp_path: Path) -> None:
