@@ -15,6 +15,7 @@ call: a socket's timeout is for each of its many receives, and begins anew with 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections import Counter
@@ -40,8 +41,11 @@ from models.row_places import FOREIGN as FOREIGN_ROW
 from models.row_places import SOUND, RowPlaces
 
 FRESH = "fresh"
+# A store that is late again within this time is late still, and not news.
+LATE_NEWS_S = 10.0
 ABSENT, DAMAGED, FOREIGN, LATE = "absent", "damaged", "foreign", "late"
 REGRESSED = "regressed"
+_log = logging.getLogger(__name__)
 _REASONS = {NO_ROW: ABSENT, BAD_ROW: DAMAGED, FOREIGN_ROW: FOREIGN}
 
 
@@ -74,10 +78,13 @@ class Read:
     stale: dict[str, str] = field(default_factory=dict)
     unknown_items: int = 0
 
-    @property
-    def missing_counts(self) -> Counter[str]:
-        """Users without a cache, by reason."""
-        return Counter(self.missing.values())
+    def outcome(self, user_id: str) -> str:
+        """FRESH, the reason why the user has no cache, or "stale_" and why it is the row that was read last."""
+        if not self.missing and not self.stale:
+            return FRESH
+        if user_id in self.stale:
+            return f"stale_{self.stale[user_id]}"
+        return self.missing.get(user_id, FRESH)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,6 +120,7 @@ class Reader:
         self._waiting = threading.Semaphore(limits.waiting_max)
         self._begun = False
         self._refusal: StoreError | None = None
+        self._late_s = -LATE_NEWS_S
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -189,7 +197,7 @@ class Reader:
         """The caches from the store's rows. Who waited may have gone: then the rows are at least kept."""
         using = self.fold
         try:
-            self._require_begun()
+            self.require_filled()
             rows = self.rows.get_rows(using.spec.checkpoint_id, user_ids)
         except UnavailableError:
             raise
@@ -210,7 +218,8 @@ class Reader:
         dense = dense_caches(places, using, self.device)
         return _Fetched(status_B=places.place_B["status"], dense=dense, stale=stale, absent=absent)
 
-    def _require_begun(self) -> None:
+    def require_filled(self) -> None:
+        """Raises StoreError while the store holds nothing of the checkpoint, UnavailableError if it does not answer."""
         if self._begun:
             return
         checkpoint_id = self.checkpoint.checkpoint_id
@@ -238,7 +247,7 @@ class Reader:
             for b in np.flatnonzero(status_B != SOUND)
         }
         read = Read(caches=caches, missing=missing, stale=fetched.stale, unknown_items=int(unknown_B.sum()))
-        self.metrics.read(_outcomes(user_ids, read), read.unknown_items, time.perf_counter() - started_s)
+        self.metrics.read(Counter(map(read.outcome, user_ids)), read.unknown_items, time.perf_counter() - started_s)
         return read
 
     def _last_read(self, user_ids: Sequence[str]) -> _Fetched:
@@ -246,18 +255,13 @@ class Reader:
         if self._refusal is not None:
             self.metrics.refuse()
             raise StoreError(str(self._refusal))
+        before_s, self._late_s = self._late_s, time.monotonic()
+        if self._late_s - before_s >= LATE_NEWS_S:
+            _log.warning("the online store is late: users are read from kept rows, or without history")
         rows = self._kept.get(user_ids)
         stale = {user_id: LATE for user_id, row in zip(user_ids, rows, strict=True) if row is not None}
         using = self.fold
         return self._scattered(placed(rows, using), using, stale, LATE)
-
-
-def _outcomes(user_ids: Sequence[str], read: Read) -> dict[str, int]:
-    """Users by what became of them, a user that was asked for twice counting twice."""
-    if not read.missing and not read.stale:
-        return {FRESH: len(user_ids)}
-    stale = {user_id: f"stale_{reason}" for user_id, reason in read.stale.items()}
-    return Counter(read.missing.get(user_id) or stale.get(user_id, FRESH) for user_id in user_ids)
 
 
 def _decoded(data: RowBytes | None, using: Fold) -> tuple[Row | None, str | None]:

@@ -29,9 +29,11 @@ def serve(
         float, typer.Option(min=0.0, help="How long a request may wait for others while the model is idle.")
     ] = 0.0,
     threads: Annotated[int, typer.Option(min=1, help="Batches scored at the same time, each on one core.")] = 1,
-    store_timeout_ms: Annotated[
-        float, typer.Option(min=1.0, help="How long Redis may take; then users are scored without history, flagged.")
-    ] = 250.0,
+    deadline_ms: Annotated[
+        float,
+        typer.Option(min=0.1, help="A batch's wait for the store; then rows read last, flagged, or none."),
+    ] = 50.0,
+    kept_mb: Annotated[int, typer.Option(min=0, help="Memory for the rows read last, MiB.")] = 256,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     means: Annotated[
         str, typer.Option(help="float32, or float16 or bfloat16: half of the bytes that a GPU is sent for a user.")
@@ -45,8 +47,8 @@ def serve(
     """Score candidates over HTTP: POST /rank. Described by /openapi.json; watched by /healthz, /readyz and /metrics.
 
     Logs JSON lines on standard error. Follows the live checkpoint without a restart: a new one is loaded beside the
-    old one, and each answer names the one that made it. While Redis does not answer, users are scored without their
-    history, and flagged. SIGTERM ends it when all is answered.
+    old one, and each answer names the one that made it. While the store does not answer in time, users are scored from
+    their rows read last, or without history, and flagged. SIGTERM ends it when all is answered.
 
     Example: vql serve --checkpoint build/demo/live --state build/demo/state --port 8000
     """
@@ -54,6 +56,7 @@ def serve(
 
     configure_logs(log_level)
     from feature_repo.handle import StoreHandle
+    from feature_repo.reader import ReadLimits
     from feature_repo.redis_settings import chosen_redis
     from jobs.scoring import MEANS, placed
     from jobs.serving.batches import BatchRules
@@ -61,8 +64,8 @@ def serve(
 
     redis = chosen_redis()
     if redis is not None:
-        # One try: while it is away, a request is answered sooner by none.
-        redis = redis.model_copy(update={"timeout_s": store_timeout_ms / 1000, "retries": 0})
+        # One try: what comes after the deadline is of no use.
+        redis = redis.model_copy(update={"retries": 0})
     run_server(
         ServePlan(
             checkpoint_path=checkpoint.absolute(),
@@ -71,6 +74,7 @@ def serve(
             port=port,
             rules=BatchRules(users_max=batch_users, wait_s=batch_wait_ms / 1000, at_once=threads),
             placement=placed(device, choice("--means", means, tuple(MEANS))),
+            limits=ReadLimits(deadline_s=deadline_ms / 1000, kept_bytes=kept_mb << 20),
             linger_s=linger,
             drain_s=drain,
         )

@@ -11,8 +11,8 @@ import numpy as np
 
 from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
-from feature_repo.reader import ABSENT, FOREIGN, Reader
-from jobs.scoring import WHOLE, Asked, load_scorer
+from feature_repo.reader import ABSENT, FOREIGN, FRESH, Reader
+from jobs.scoring import Asked, load_scorer
 from models.checkpoint import open_checkpoint
 from models.errors import ForeignRowError, InputError, WireError
 
@@ -40,7 +40,7 @@ def rank_user(
     (scored,) = (
         load_scorer(checkpoint, using, reader).score([Asked(user_id=user_id, item_ids=item_ids, now_ms=now_ms)]).users
     )
-    if scored.history != WHOLE:
+    if scored.history != FRESH:
         if scored.history == ABSENT:
             raise InputError(f"user {user_id!r} has no row of checkpoint {checkpoint.checkpoint_id} in {state}")
         error = ForeignRowError if scored.history == FOREIGN else WireError

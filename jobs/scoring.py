@@ -10,12 +10,11 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
-from feature_repo.reader import Read
+from feature_repo.reader import Reader
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
 from models.errors import InputError
@@ -24,16 +23,8 @@ from models.load import load_ranker
 from models.ranker import Ranker
 from models.row import Fold
 
-# What a user's scores were made from, besides the reader's reasons why there was no cache.
-WHOLE = "whole"
 CPU = torch.device("cpu")
 MEANS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class CacheReader(Protocol):
-    """Where caches come from: `feature_repo.reader.Reader`, or one that goes on while the store is away."""
-
-    def read(self, user_ids: Sequence[str]) -> Read: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +40,7 @@ class Asked:
 class Scored:
     """A logit for each candidate, in the order asked.
 
-    history: WHOLE, or why the user was scored as one without history. unknown: the places of candidates that the item
+    history: what the user's cache was, by `Read.outcome`. unknown: the places of candidates that the item
     table does not hold; all of these have the score of the unknown item.
     """
 
@@ -91,7 +82,7 @@ class Scorer:
     checkpoint_id: str
     table: ItemTable
     ranker: Ranker
-    reader: CacheReader
+    reader: Reader
     placement: Placement
 
     def score(self, asked: Sequence[Asked]) -> Scores:
@@ -109,7 +100,7 @@ class Scorer:
         users = [
             Scored(
                 scores=scores[b],
-                history=read.missing.get(one.user_id, WHOLE),
+                history=read.outcome(one.user_id),
                 unknown=np.flatnonzero(items[b] == UNKNOWN).tolist(),
             )
             for b, one in enumerate(asked)
@@ -132,7 +123,7 @@ class Scorer:
             ).cpu()
 
 
-def load_scorer(checkpoint: Checkpoint, fold: Fold, reader: CacheReader, placement: Placement | None = None) -> Scorer:
+def load_scorer(checkpoint: Checkpoint, fold: Fold, reader: Reader, placement: Placement | None = None) -> Scorer:
     """Raises CheckpointError for parameters that do not fit, InputError for a model that reads no cache."""
     placement = placement or Placement()
     if checkpoint.manifest.model != "vql":

@@ -24,12 +24,14 @@ _Version = tuple[Path, tuple[tuple[int, int, int] | None, ...]]
 class LiveScorer:
     """`scorer` is the live one; `look` swaps it. Reading it is safe from any thread.
 
-    load: from a checkpoint's directory to a scorer that is warm. rows: how many users have a row of a checkpoint.
+    load: from a checkpoint's directory to a scorer that is warm.
     Raises CheckpointError, or what `load` raises, when there is no first one.
     """
 
-    def __init__(self, path: Path, load: Callable[[Path], Scorer], rows: Callable[[str], int]) -> None:
-        self._path, self._load, self._rows = path, load, rows
+    def __init__(self, path: Path, load: Callable[[Path], Scorer]) -> None:
+        # A scorer that was swapped out is not closed: a batch may still use it. Its threads and connections end when
+        # the last such batch lets it go.
+        self._path, self._load = path, load
         self._turn = threading.Lock()
         self._seen = version_of(path)
         self.scorer = load(self._seen[0])
@@ -45,7 +47,8 @@ class LiveScorer:
                     self.problem = None
                     return False
                 fresh = self._load(version[0])
-                self._require_rows(fresh.checkpoint_id)
+                # A checkpoint is backfilled before it goes live: without rows, every user would lose the history.
+                fresh.reader.require_filled()
                 # Files that changed meanwhile may be read half from each state.
                 if version_of(self._path) != version:
                     return False
@@ -57,11 +60,6 @@ class LiveScorer:
             old, self.scorer, self._seen, self.problem = self.scorer, fresh, version, None
         structlog.get_logger().info("checkpoint swapped", checkpoint_id=fresh.checkpoint_id, before=old.checkpoint_id)
         return True
-
-    def _require_rows(self, checkpoint_id: str) -> None:
-        """A checkpoint is backfilled before it goes live: without rows, every user would lose the history."""
-        if checkpoint_id != self.scorer.checkpoint_id and self._rows(checkpoint_id) == 0:
-            raise CheckpointError(f"checkpoint {checkpoint_id} has no rows in the online store; run vql backfill")
 
 
 def version_of(path: Path) -> _Version:

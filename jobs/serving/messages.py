@@ -51,8 +51,9 @@ class RankedUser(_Message):
     history: Annotated[
         str,
         Field(
-            description="whole, or why the scores know nothing of the user: absent (no row), damaged, foreign (a row "
-            "of another checkpoint), late (the store did not answer)."
+            description="fresh; stale_late or stale_regressed: scored from the row that was read last, because the "
+            "store did not answer in time, or with an older one; or why the scores know nothing of the user: absent "
+            "(no row), damaged, foreign (a row of another checkpoint), late (the store did not answer in time)."
         ),
     ]
     unknown_candidates: Annotated[
@@ -104,7 +105,7 @@ ANSWER_EXAMPLE: dict[str, Any] = {
     "checkpoint_id": "0f3c5a8e9d1b47f28c6a7e5d4b3c2a19",
     "now_ms": 1_700_000_000_000,
     "users": [
-        {"user_id": "u1", "scores": [0.71, -1.32], "history": "whole", "unknown_candidates": []},
+        {"user_id": "u1", "scores": [0.71, -1.32], "history": "fresh", "unknown_candidates": []},
         {"user_id": "u2", "scores": [-0.48], "history": "absent", "unknown_candidates": [0]},
     ],
     "timing": {"wait_ms": 0.1, "read_ms": 0.9, "score_ms": 2.3, "batch_users": 2},

@@ -11,34 +11,30 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import structlog
 import torch
 import uvicorn
 from fastapi import HTTPException
-from msgspec.structs import replace
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
-from feature_repo.reader import Reader
-from feature_repo.store import RowStore
+from feature_repo.reader import Reader, ReadLimits
+from feature_repo.reader_metrics import ReaderMetrics
 from jobs.scoring import Asked, Placement, Scorer, load_scorer
 from jobs.serving.app import Serving, make_app
 from jobs.serving.batches import Batcher, BatchRules
 from jobs.serving.live import LiveScorer
 from jobs.serving.messages import BODY_BYTES_MAX
 from jobs.serving.metrics import ServeMetrics
-from jobs.serving.patient_reader import PatientReader, StoreGate
 from models.checkpoint import open_checkpoint
+from models.dense_caches import dense_caches, placed
 from models.errors import InputError
-from models.row import Fold, new_row, whole_cache
-from models.wire import RECENT
+from models.row import Fold, encode_row, new_row
 
 _WARM_CANDIDATES = (1, 100, 500)
 
@@ -53,6 +49,7 @@ class ServePlan:
     port: int
     rules: BatchRules
     placement: Placement
+    limits: ReadLimits
     linger_s: float
     drain_s: float
 
@@ -62,25 +59,23 @@ def run_server(plan: ServePlan) -> None:
     # A batch is one thread's: threads that share one wait for each other at every operation, and a core that another
     # process takes for a moment then stops both.
     torch.set_num_threads(1)
-    with _bound(plan.host, plan.port) as bound, closing(plan.store.open()) as rows:
-        live = LiveScorer(plan.checkpoint_path, _loader(rows, plan.placement), rows.count_rows)
+    with _bound(plan.host, plan.port) as bound:
+        metrics = ServeMetrics()
+        live = LiveScorer(plan.checkpoint_path, _loader(plan, ReaderMetrics(metrics.registry)))
         batcher = Batcher(lambda asked: live.scorer.score(asked), plan.rules)
-        serving = Serving(live=live, batcher=batcher, metrics=ServeMetrics())
+        serving = Serving(live=live, batcher=batcher, metrics=metrics)
         server = _Server(serving, plan)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         server.run(sockets=[bound])
     structlog.get_logger().info("server ended")
 
 
-def _loader(rows: RowStore, placement: Placement) -> Callable[[Path], Scorer]:
-    gate = StoreGate()
-
+def _loader(plan: ServePlan, metrics: ReaderMetrics) -> Callable[[Path], Scorer]:
     def load(path: Path) -> Scorer:
-        checkpoint = open_checkpoint(path)
-        fold = checkpoint.fold()
-        reader = PatientReader(Reader(rows, Opened(checkpoint)), fold.spec, gate)
-        scorer = load_scorer(checkpoint, fold, reader, placement)
-        _warm_up(scorer, fold)
+        opened = Opened(open_checkpoint(path))
+        reader = Reader(plan.store.open(), opened, plan.limits, plan.placement.device, metrics)
+        scorer = load_scorer(opened.checkpoint, reader.fold, reader, plan.placement)
+        _warm_up(scorer, reader.fold)
         return scorer
 
     return load
@@ -88,7 +83,7 @@ def _loader(rows: RowStore, placement: Placement) -> Callable[[Path], Scorer]:
 
 def _warm_up(scorer: Scorer, fold: Fold) -> None:
     """Kernels are compiled and buffers made now, not in the first requests."""
-    whole_cache(replace(new_row(fold.spec, 1, 0), recent_data=np.zeros(1, RECENT).tobytes()), fold)
+    dense_caches(placed([encode_row(new_row(fold.spec, 1, 0))], fold), fold, scorer.placement.device)
     for candidates in _WARM_CANDIDATES:
         scorer.score([Asked(user_id="", item_ids=[""] * candidates, now_ms=0)] * 2)
 

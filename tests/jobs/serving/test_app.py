@@ -25,7 +25,7 @@ def test_scores_are_those_of_the_command_for_one_user(server: Server, serving_fo
         wanted = {item: score for item, score, _ in ranked.candidates}
         assert dict(zip(CANDIDATES, user["scores"], strict=True)) == pytest.approx(wanted, abs=1e-5)
         assert len(set(user["scores"])) == len(CANDIDATES)
-        assert (user["user_id"], user["history"]) == (user_id, "whole")
+        assert (user["user_id"], user["history"]) == (user_id, "fresh")
         assert user["unknown_candidates"] == [CANDIDATES.index("nothing")]
         assert (answer["checkpoint_id"], answer["now_ms"]) == (checkpoint.checkpoint_id, NOW_MS)
 
@@ -34,7 +34,7 @@ def test_users_of_a_request_come_in_its_order_each_with_its_own_scores(server: S
     asked = {user_id: CANDIDATES[n : n + 1 + 3 * n] for n, user_id in enumerate([*user_ids(), "nobody"])}
     answer = server.rank(asked, NOW_MS)
     assert [user["user_id"] for user in answer["users"]] == list(asked)
-    assert [user["history"] for user in answer["users"]] == ["whole"] * len(user_ids()) + ["absent"]
+    assert [user["history"] for user in answer["users"]] == ["fresh"] * len(user_ids()) + ["absent"]
     for user, (user_id, items) in zip(answer["users"], asked.items(), strict=True):
         (alone,) = server.rank({user_id: items}, NOW_MS)["users"]
         assert user["scores"] == pytest.approx(alone["scores"], abs=1e-5)
@@ -113,7 +113,7 @@ def test_watchers_learn_what_it_does(server: Server, checkpoint: Checkpoint):
     assert f'vql_rank_checkpoint_info{{checkpoint_id="{checkpoint.checkpoint_id}"}} 1.0' in metrics
     for series in (
         'vql_rank_requests_total{status="200"}',
-        'vql_rank_users_total{history="whole"}',
+        'vql_rank_users_total{history="fresh"}',
         'vql_rank_users_total{history="absent"}',
         'vql_rank_candidates_total{known="no"}',
         'vql_rank_seconds_count{stage="read"}',

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from jobs.scoring import WHOLE, Asked, Scored, Scores
+from feature_repo.reader import FRESH
+from jobs.scoring import Asked, Scored, Scores
 from jobs.serving.batches import Batcher, BatchRules, BusyError
 from models.errors import StoreError
 
@@ -28,7 +29,7 @@ class Recorder:
             raise ValueError("a user that cannot be scored")
         if "lost" in self.batches[-1]:
             raise StoreError("gone")
-        users = [Scored(scores=[float(one.user_id)], history=WHOLE, unknown=[]) for one in asked]
+        users = [Scored(scores=[float(one.user_id)], history=FRESH, unknown=[]) for one in asked]
         return Scores(checkpoint_id="c", users=users, read_s=0.0, score_s=0.0)
 
 

@@ -37,4 +37,4 @@ def test_it_is_a_command_too(server: Server):
     command = [sys.executable, "-m", "jobs.serving.client", server.url, "u0", "i1,i2,i3"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert [line.split()[1][0] for line in said.stdout.splitlines()] == ["i", "i", "i"]
-    assert "history: whole" in said.stderr
+    assert "history: fresh" in said.stderr

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
 from feature_repo.reader import Reader
+from feature_repo.store import RowStore
 from jobs.encode_items import encode_table
 from jobs.scoring import Scorer, load_scorer
 from jobs.serving.live import LiveScorer, version_of
@@ -30,8 +33,16 @@ def names(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def load(tmp_path: Path):
+def rows(tmp_path: Path, names) -> RowStore:
+    """Holds positions of both checkpoints."""
     rows = StoreHandle(state=tmp_path, redis=None).open()
+    for checkpoint_id in names.values():
+        rows.commit_positions(checkpoint_id, 1, {1: 0})
+    return rows
+
+
+@pytest.fixture
+def load(rows: RowStore):
 
     def load(path: Path) -> Scorer:
         checkpoint = open_checkpoint(path)
@@ -39,10 +50,6 @@ def load(tmp_path: Path):
         return load_scorer(checkpoint, fold, Reader(rows, Opened(checkpoint)))
 
     return load
-
-
-def some_rows(_: str) -> int:
-    return 1
 
 
 def test_a_folder_a_link_and_a_file_name_the_same_checkpoint(tmp_path: Path, names):
@@ -64,7 +71,7 @@ def test_a_file_that_names_no_folder_is_refused(tmp_path: Path, names, text: byt
 
 def test_it_swaps_only_when_the_name_or_what_it_names_has_changed(tmp_path: Path, names, load):
     (tmp_path / "live").write_text("first")
-    live = LiveScorer(tmp_path / "live", load, some_rows)
+    live = LiveScorer(tmp_path / "live", load)
     first = live.scorer
     assert not live.look()
     assert live.scorer is first
@@ -77,8 +84,18 @@ def test_it_swaps_only_when_the_name_or_what_it_names_has_changed(tmp_path: Path
     assert live.scorer.checkpoint_id == names["first"]
 
 
+def test_a_scorer_that_was_swapped_out_is_let_go_with_its_threads(tmp_path: Path, names, load):
+    (tmp_path / "live").write_text("first")
+    live = LiveScorer(tmp_path / "live", load)
+    reader = weakref.ref(live.scorer.reader)
+    (tmp_path / "live").write_text("second")
+    assert live.look()
+    gc.collect()
+    assert reader() is None
+
+
 def test_an_item_table_that_has_grown_is_seen(tmp_path: Path, names, load):
-    live = LiveScorer(tmp_path / "first", load, some_rows)
+    live = LiveScorer(tmp_path / "first", load)
     items = len(live.scorer.table)
     segment = tmp_path / "first" / "items" / "more.parquet"
     pq.write_table(encode_table(live.scorer.ranker, ["fresh"], np.array([[0, 1]])), segment)
@@ -88,10 +105,10 @@ def test_an_item_table_that_has_grown_is_seen(tmp_path: Path, names, load):
     assert live.scorer.checkpoint_id == names["first"]
 
 
-def test_what_cannot_be_used_leaves_the_old_one_and_is_tried_again(tmp_path: Path, names, load):
+def test_what_cannot_be_used_leaves_the_old_one_and_is_tried_again(tmp_path: Path, names, rows, load):
     (tmp_path / "live").write_text("first")
-    rows = {names["second"]: 0}
-    live = LiveScorer(tmp_path / "live", load, lambda checkpoint_id: rows[checkpoint_id])
+    rows.delete_checkpoint(names["second"])
+    live = LiveScorer(tmp_path / "live", load)
     (tmp_path / "live").write_text("second")
     manifest = (tmp_path / "second" / "manifest.json").read_bytes()
     (tmp_path / "second" / "manifest.json").write_bytes(manifest[:-5])
@@ -99,9 +116,9 @@ def test_what_cannot_be_used_leaves_the_old_one_and_is_tried_again(tmp_path: Pat
     assert "is damaged" in str(live.problem)
     (tmp_path / "second" / "manifest.json").write_bytes(manifest)
     assert not live.look()
-    assert "has no rows" in str(live.problem)
+    assert "run vql backfill" in str(live.problem)
     assert live.scorer.checkpoint_id == names["first"]
-    rows[names["second"]] = 1
+    rows.commit_positions(names["second"], 1, {1: 0})
     assert live.look()
     assert (live.scorer.checkpoint_id, live.problem) == (names["second"], None)
 
@@ -117,7 +134,7 @@ def test_files_that_change_while_they_are_loaded_are_loaded_again(tmp_path: Path
             (tmp_path / "live").write_text("first")
         return scorer
 
-    live = LiveScorer(tmp_path / "live", load_and_turn, some_rows)
+    live = LiveScorer(tmp_path / "live", load_and_turn)
     (tmp_path / "live").write_text("second")
     assert not live.look()
     assert live.scorer.checkpoint_id == names["first"]
