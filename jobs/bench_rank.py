@@ -24,7 +24,7 @@ from feature_repo.reader import Reader
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.store import RowStore, whole_put
 from jobs.bench import machine, versions
-from jobs.bench_load import ITEMS
+from jobs.bench_load import ITEMS, random_history
 from jobs.bench_rank_sides import (
     ExactHistory,
     Raw,
@@ -33,7 +33,6 @@ from jobs.bench_rank_sides import (
     Vql,
     as_request,
     bench_shape,
-    random_history,
     rival,
     scoring_checkpoint,
 )
