@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from models.checkpoint import ACTION_VALUES, OTHER_ACTION, Checkpoint, Manifest,
 from models.errors import MachineError
 from models.event import Event
 from models.item_table import append_segments, segment_table
+from models.wire import pack_recent
 
 ITEMS = 20_000
 ITEM_SKEW = 0.8
 ACTIONS = (OTHER_ACTION, "purchase", "view")
 DAY_MS = 86_400_000.0
+EVENT_STEP_MS = 600_000
 PRODUCE_WAIT_S, QUEUE_WAIT_S = 120.0, 0.02
 Record = tuple[bytes | None, bytes | None]
 
@@ -76,12 +79,31 @@ class Traffic:
         return records
 
 
+@lru_cache(maxsize=4)
 def _cumulative(count: int, skew: float) -> np.ndarray:
     """The cumulative shares of `count` that are drawn with a power law's probabilities."""
     share = np.arange(1, count + 1, dtype=np.float64) ** -skew
     cumulative = np.cumsum(share) / share.sum()
     cumulative[-1] = 1.0
     return cumulative
+
+
+def random_history(
+    rng: np.random.Generator, length: int, end_ms: int, items: int = ITEMS, actions: int = len(ACTIONS)
+) -> np.ndarray:
+    """One user's raw events (dtype RECENT), EVENT_STEP_MS apart and the newest at end_ms, of items by a power law.
+
+    Which of the items 1 to `items` are the user's favourites is drawn too.
+    """
+    rank_N = np.searchsorted(_cumulative(items, ITEM_SKEW), rng.random(length), side="right")
+    return pack_recent(
+        np.arange(length),
+        end_ms - EVENT_STEP_MS * np.arange(length)[::-1],
+        rng.integers(0, actions, length),
+        1 + rng.permutation(items)[rank_N],
+        np.ones(length, np.float32),
+        rng.integers(0, 1 << 24, length),
+    )
 
 
 def produce_in_turn(producer: Producer, *arguments: Any, **options: Any) -> None:

@@ -22,9 +22,9 @@ from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from feature_repo.redis_settings import RedisSettings
-from feature_repo.store import RowStore, whole_put
+from feature_repo.store import Backfill, RowStore, whole_put
 from jobs.bench import machine, versions
-from jobs.bench_load import ITEMS
+from jobs.bench_load import ITEMS, random_history
 from jobs.bench_rank_sides import (
     ExactHistory,
     Raw,
@@ -33,7 +33,6 @@ from jobs.bench_rank_sides import (
     Vql,
     as_request,
     bench_shape,
-    random_history,
     rival,
     scoring_checkpoint,
 )
@@ -94,6 +93,10 @@ def run_rank_bench(plan: RankBench, console: Console) -> dict[str, Any]:
             scorer = load_scorer(checkpoint, fold, Reader(rows, Opened(checkpoint)))
             histories = RawHistories(client)
             row_bytes = {str(length): _fill(plan, length, fold, rows, histories) for length in plan.lengths}
+            # Of a store that nothing was recorded in, the reader would say that it was emptied.
+            users, events = plan.users * len(plan.lengths), plan.users * sum(plan.lengths)
+            record = Backfill(epoch=1, cut={0: 0}, users=users, events=events, log="benchmark")
+            rows.record_backfill(checkpoint.checkpoint_id, record)
             sides = _sides(Vql(scorer=scorer), histories, shape)
             _check(plan, sides, scorer.ranker)
             latency = {str(count): _measure(plan, count, sides, console) for count in plan.candidates}

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from jobs.bench_load import ACTIONS, DAY_MS, ITEM_SKEW, ITEMS
+from jobs.bench_load import ACTIONS, DAY_MS, ITEMS
 from jobs.encode_items import encode_table
 from jobs.scoring import Asked, Scorer
 from models.attention import history_bias
@@ -30,9 +30,7 @@ from models.checkpoint import Checkpoint, Manifest, Sizes, write_checkpoint
 from models.item_table import ItemTable, append_segments
 from models.ranker import Ranker, Shape, VqlHistory
 from models.request import Impression, Request, collate
-from models.wire import RECENT, pack_recent, recent_actions, recent_times
-
-EVENT_STEP_MS = 600_000
+from models.wire import RECENT, recent_actions, recent_times
 
 
 class Timed(NamedTuple):
@@ -190,16 +188,3 @@ def scoring_checkpoint(path: Path, shape: Shape, seed: int = 0) -> Checkpoint:
     pq.write_table(encode_table(ranker, ["", *item_ids], feature_MF), segment)
     append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [segment])
     return checkpoint
-
-
-def random_history(rng: np.random.Generator, length: int, end_ms: int) -> np.ndarray:
-    """Raw events (dtype RECENT), EVENT_STEP_MS apart and the newest at end_ms, of items by a power law."""
-    share_M = np.arange(1, ITEMS + 1, dtype=np.float64) ** -ITEM_SKEW
-    return pack_recent(
-        np.arange(length),
-        end_ms - EVENT_STEP_MS * np.arange(length)[::-1],
-        rng.integers(1, len(ACTIONS), length),
-        1 + rng.permutation(ITEMS)[rng.choice(ITEMS, length, p=share_M / share_M.sum())],
-        np.ones(length, np.float32),
-        rng.integers(0, 1 << 24, length),
-    )

@@ -21,6 +21,7 @@ from jobs.cli_dead_letters import app as dead_letters
 from jobs.cli_doctor import doctor
 from jobs.cli_options import CheckpointPath, Log, MaxFuture, State, choice, offsets, pairs
 from jobs.cli_serve import serve
+from jobs.cli_size import size
 from jobs.cli_stream import stream
 from models.errors import InputError, VqlError
 from models.files import disk_error
@@ -35,7 +36,7 @@ app = typer.Typer(
     "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]serve[/b] (scores over HTTP). "
     "[b]rank[/b] shows one user; [b]demo[/b] goes all of it. "
     "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store; [b]bench[/b] "
-    "measures.",
+    "measures, [b]size[/b] tells the memory of a store.",
 )
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(bench, name="bench")
@@ -229,6 +230,7 @@ def backfill(
 app.command(context_settings={"allow_extra_args": True})(stream)
 app.command()(serve)
 app.command()(doctor)
+app.command()(size)
 
 
 @app.command()

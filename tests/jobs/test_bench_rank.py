@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.bench_rank_sides import ExactHistory, as_request, bench_shape, random_history, rival, scoring_checkpoint
+from jobs.bench_load import random_history
+from jobs.bench_rank_sides import ExactHistory, as_request, bench_shape, rival, scoring_checkpoint
 from jobs.scoring import Asked
 from models.attention import history_bias, read_history
 from models.checkpoint import Sizes
