@@ -19,7 +19,7 @@ from fastapi import Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from jobs.scoring import Asked
 from jobs.serving.batches import Batcher, BusyError, Ranked
@@ -41,6 +41,7 @@ from models.errors import StoreError
 STUCK_S = 30.0
 _ABOUT = "Scores candidates by attention over each user's whole history, read from per-codeword caches."
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
+    400: {"model": Problem, "description": "The body cannot be parsed as JSON."},
     413: {"model": Problem, "description": f"The body has more than {BODY_BYTES_MAX:,} bytes."},
     422: {"model": Problem, "description": "The request is not as in this schema."},
     503: {"model": Problem, "description": "Too many requests wait (try again elsewhere), or the store is lost."},
@@ -113,7 +114,7 @@ def _add_watching(app: FastAPI, serving: Serving) -> None:
     async def readyz() -> Response:
         return _said(not serving.draining, draining=serving.draining, **_checkpoint(serving))
 
-    @app.get("/metrics", summary="Metrics for Prometheus")
+    @app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
     async def metrics() -> Response:
         serving.metrics.waiting.set(serving.batcher.waiting_users)
         return Response(generate_latest(serving.metrics.registry), media_type=CONTENT_TYPE_LATEST)

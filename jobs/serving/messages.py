@@ -5,13 +5,19 @@ from __future__ import annotations
 from typing import Annotated, Any, Self
 
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, StrictInt, model_validator
 
 BODY_BYTES_MAX = 1 << 20
 USERS_MAX, CANDIDATES_MAX, CANDIDATES_IN_ALL_MAX = 64, 2_000, 10_000
 # Times in rows have 48 bits.
 NOW_MS_MAX = (1 << 48) - 1
 _SHOWN_MAX = 200
+
+
+def _integral(value: Any) -> Any:
+    """In JSON, 2.0 is an integer too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
 
 Id = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -32,8 +38,8 @@ class RankRequest(_Message):
 
     users: Annotated[list[UserCandidates], Field(min_length=1, max_length=USERS_MAX), FailFast()]
     now_ms: Annotated[
-        StrictInt | None,
-        Field(ge=0, le=NOW_MS_MAX, description="The time to score as of, Unix ms; the server's clock if absent."),
+        Annotated[StrictInt, Field(ge=0, le=NOW_MS_MAX), BeforeValidator(_integral)] | None,
+        Field(description="The time to score as of, Unix ms; the server's clock if absent."),
     ] = None
 
     @model_validator(mode="after")
