@@ -11,6 +11,7 @@ from feature_repo.redis_scripts import ORDERED_DIGITS, SCRIPTS
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.redis_store import RedisRows, packed_stamp
 from feature_repo.store import Backfill
+from jobs.local_servers import free_port
 from tests.feature_repo.subjects import A, B, bytes_of, get, partial, stamp, whole
 from tests.redis_server import MEMORY_ONLY, running_redis
 
@@ -39,7 +40,8 @@ def test_the_server_knows_each_script_by_the_name_that_is_computed_here(redis_se
 
 @pytest.mark.parametrize("user", ["u", "{}", "}{0}", "{meta}"])
 def test_no_command_touches_two_slots_of_a_cluster(tmp_path, user):
-    with running_redis(tmp_path, (*MEMORY_ONLY, "--cluster-enabled", "yes")) as server:
+    options = (*MEMORY_ONLY, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    with running_redis(tmp_path, options) as server:
         with server.client() as client:
             client.execute_command("CLUSTER ADDSLOTS", *range(16384))
             while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":
