@@ -11,6 +11,7 @@ from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
+    MovedError,
     NoPermissionError,
     NoScriptError,
     OutOfMemoryError,
@@ -30,7 +31,9 @@ _PASSING = ("MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", 
 _REMEDIES: tuple[tuple[type[RedisError], str], ...] = (
     (AuthenticationError, "check VQL_REDIS_USERNAME and the file VQL_REDIS_PASSWORD_FILE"),
     (AuthorizationError, "check VQL_REDIS_USERNAME and its rights"),
-    (NoPermissionError, "give this user the rights for the keys vql:* and the commands that are refused"),
+    (NoPermissionError, "give this user the rights that deploy/redis/users.acl of this version has for it"),
+    (NoScriptError, "this user may not load the scripts: give it SCRIPT LOAD, as deploy/redis/users.acl does"),
+    (MovedError, "this is one of several primaries of a cluster: use a single primary, with replicas"),
     (OutOfMemoryError, "raise its maxmemory, or erase a checkpoint that is not served any more"),
 )
 
@@ -45,6 +48,7 @@ class RedisLink:
     def __init__(self, settings: RedisSettings) -> None:
         # The address without its path names the server in messages; it can hold no password.
         self.name = urlsplit(settings.url).netloc or settings.url
+        self._tls = settings.url.startswith("rediss:")
         self._retry = Retry(ExponentialWithJitterBackoff(cap=BACKOFF_MAX_S, base=BACKOFF_BASE_S), settings.retries)
         # Retries are made here, for the whole round trip: within redis-py they would multiply at each level.
         self._client = redis.Redis.from_url(settings.url, **settings.client(), retry=Retry(NoBackoff(), 0))
@@ -106,7 +110,11 @@ class RedisLink:
             if isinstance(error, kind):
                 return StoreError(f"online store {self.name}: {error}; {remedy}")
         if not isinstance(error, ResponseError) or isinstance(error, ReadOnlyError) or str(error).startswith(_PASSING):
-            return UnavailableError(f"online store {self.name} does not answer: {error}; start it, or try again later")
+            remedy = "start it, or try again later"
+            # What a server that speaks TLS does to a plain caller; a server that is just ending does the same.
+            if not self._tls and any(words in str(error) for words in ("closed by server", "reset by peer")):
+                remedy += "; if it speaks TLS, its address begins with rediss://"
+            return UnavailableError(f"online store {self.name} does not answer: {error}; {remedy}")
         return StoreError(f"online store {self.name}: {error}; look at the server's log")
 
 

@@ -64,13 +64,6 @@ end
 return table.concat(done)
 """)
 
-# KEYS: the index. The users whose row has not expired.
-COUNT_ROWS = Script("""
-local time = redis.call('TIME')
-local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
-return redis.call('ZCOUNT', KEYS[1], string.format('%.0f', now_ms), '+inf')
-""")
-
 # KEYS: the index, the row. ARGV: the user.
 DELETE_ROW = Script("""
 redis.call('ZREM', KEYS[1], ARGV[1])
@@ -123,4 +116,4 @@ redis.call('SET', KEYS[3], ARGV[3])
 return 1
 """)
 
-SCRIPTS = (PUT_ROWS, COUNT_ROWS, DELETE_ROW, DELETE_SOME, TALLY, COMMIT_POSITIONS, RECORD_BACKFILL)
+SCRIPTS = (PUT_ROWS, DELETE_ROW, DELETE_SOME, TALLY, COMMIT_POSITIONS, RECORD_BACKFILL)

@@ -17,6 +17,7 @@ An expired row (ttl_s after its last write) is absent for everyone, the fence in
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -32,7 +33,6 @@ from feature_repo.redis_link import RedisLink, run_script
 from feature_repo.redis_scripts import (
     CHECKPOINTS,
     COMMIT_POSITIONS,
-    COUNT_ROWS,
     DELETE_ROW,
     DELETE_SOME,
     GENERATION,
@@ -43,6 +43,7 @@ from feature_repo.redis_scripts import (
     Script,
 )
 from feature_repo.redis_settings import RedisSettings
+from feature_repo.redis_state import server_state
 from feature_repo.store import Backfill, Progress, RowPut
 from models.errors import InputError, StoreError
 from models.row import RowBytes
@@ -54,6 +55,8 @@ ROWS_PER_PUT, BYTES_PER_PUT = 2000, 8 << 20
 USERS_PER_DELETE = 200
 TALLY_KEPT_S = 30 * 86_400
 
+
+_log = logging.getLogger(__name__)
 
 Send = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
 
@@ -99,7 +102,10 @@ class RedisRows:
         return done
 
     def count_rows(self, checkpoint_id: str) -> int:
-        return sum(self._open().ask([run_script(COUNT_ROWS, [index], []) for index, _ in _shards(checkpoint_id)]))
+        opened = self._open()
+        ((seconds, micros),) = opened.ask([("TIME",)])
+        now_ms = seconds * 1000 + micros // 1000
+        return sum(opened.ask([("ZCOUNT", index, now_ms, "+inf") for index, _ in _shards(checkpoint_id)]))
 
     def delete_user(self, user_id: str) -> int:
         user, opened = _encoded(user_id), self._open()
@@ -221,17 +227,21 @@ class _Opened:
         with self._writing:
             if self._tally is not None:
                 return
-            memory, *_ = self.link.run([("INFO", "memory"), *(("SCRIPT LOAD", script.text) for script in SCRIPTS)])
-            if memory["maxmemory_policy"] != "noeviction":
-                raise StoreError(
-                    f"online store {self.link.name} evicts ({memory['maxmemory_policy']}), which would make users new; "
-                    "set its maxmemory-policy to noeviction"
-                )
+            self._look_at_the_server()
+            self.link.run([("SCRIPT LOAD", script.text) for script in SCRIPTS])
             tally = b"vql:{meta}:tally:" + uuid.uuid4().hex.encode()
             if self._generation is None:
                 self.link.run([("SET", GENERATION, uuid.uuid4().hex, "NX")])
             self.ask([("SET", tally, self._puts, "EX", TALLY_KEPT_S)])
             self._tally = tally
+
+    def _look_at_the_server(self) -> None:
+        """Refuse one that would forget users, and say what else is wrong with it."""
+        for fault in server_state(self.link.run).faults():
+            said = f"online store {self.link.name}: {fault.what}; {fault.remedy}"
+            if fault.refused:
+                raise StoreError(said)
+            _log.warning("%s", said)
 
     def put(self, checkpoint_id: str, commands: list[tuple[Any, ...]]) -> list[bytes]:
         """The answers to these puts, which count as one in the tally; they take turns, or it would be ambiguous."""

@@ -69,6 +69,14 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
         return self.backfill is not None or any(offset >= 0 for _, offset in self.positions.values())
 
 
+class Fault(msgspec.Struct, frozen=True, kw_only=True):
+    """What is wrong with a store, and what to do. refused: nothing is written to such a store."""
+
+    what: str
+    remedy: str
+    refused: bool = False
+
+
 class RowStore(Protocol):
     """Rows by (checkpoint, user), fenced by their stamps.
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import redis
 from confluent_kafka import KafkaException, TopicPartition
@@ -154,27 +155,37 @@ def _wait_until_led(admin: AdminClient, name: str, partitions: int) -> None:
 
 @dataclass
 class RedisServer:
-    """A Redis at a fixed address, running or not; it can be ended and started again there."""
+    """A Redis at a fixed address, running or not; it can be ended and started again there.
+
+    username: whom `client` is, of the users that the options name; without one, the password is the default user's.
+    tls_ca: it speaks TLS alone, with the certificate that the options name and this file vouches for.
+    """
 
     folder: Path
     port: int
     options: Sequence[str] = MEMORY_ONLY
     password: str | None = None
+    username: str | None = None
+    tls_ca: Path | None = None
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        return f"redis{'s' if self.tls_ca else ''}://127.0.0.1:{self.port}/0"
 
     def client(self) -> redis.Redis:
         """A client beside the store."""
-        return redis.Redis(host="127.0.0.1", port=self.port, password=self.password, socket_timeout=REDIS_WAIT_S)
+        options: dict[str, Any] = {"username": self.username, "password": self.password}
+        if self.tls_ca is not None:
+            options["ssl_ca_certs"] = str(self.tls_ca)
+        return redis.Redis.from_url(self.url, socket_timeout=REDIS_WAIT_S, **options)
 
     def start(self) -> None:
         """Raises MachineError where redis-server is not installed, and, with its output, when it does not answer."""
         output = self.folder / "redis.out"
-        named = ["--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self.folder), "--loglevel", "warning"]
-        secret = [] if self.password is None else ["--requirepass", self.password]
+        ports = ["--port", str(self.port)] if self.tls_ca is None else ["--port", "0", "--tls-port", str(self.port)]
+        named = ["--bind", "127.0.0.1", *ports, "--dir", str(self.folder), "--loglevel", "warning"]
+        secret = [] if self.password is None or self.username else ["--requirepass", self.password]
         command = [require_redis(), *named, *secret, *self.options]
         with output.open("ab") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=file)
@@ -210,10 +221,10 @@ class RedisServer:
 
 @contextmanager
 def running_redis(
-    folder: Path, options: Sequence[str] = MEMORY_ONLY, password: str | None = None
+    folder: Path, options: Sequence[str] = MEMORY_ONLY, password: str | None = None, **more: Any
 ) -> Iterator[RedisServer]:
-    """A server that answers, for as long as the context lasts; as RedisServer.start."""
-    server = RedisServer(folder=folder, port=free_port(), options=options, password=password)
+    """A server that answers, for as long as the context lasts. more: of RedisServer, and as RedisServer.start."""
+    server = RedisServer(folder=folder, port=free_port(), options=options, password=password, **more)
     try:
         server.start()
         yield server

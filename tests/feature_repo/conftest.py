@@ -10,7 +10,7 @@ import pytest
 from feature_repo.store import RowStore
 from models.checkpoint import Checkpoint
 from models.row import Fold
-from tests.feature_repo.subjects import SUBJECTS, RedisSubject, SqliteSubject, Subject
+from tests.feature_repo.subjects import SUBJECTS, Subject
 from tests.redis_server import RedisServer, running_redis
 from tests.small import small_checkpoint
 
@@ -31,10 +31,8 @@ def redis_url(redis_server: RedisServer) -> str:
 
 
 @pytest.fixture(params=SUBJECTS)
-def subject(request: pytest.FixtureRequest, tmp_path: Path) -> Subject:
-    if request.param == "redis":
-        return RedisSubject(request.getfixturevalue("redis_url"))
-    return SqliteSubject(tmp_path)
+def subject(request: pytest.FixtureRequest) -> Subject:
+    return SUBJECTS[request.param](request)
 
 
 @pytest.fixture
@@ -69,8 +67,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(params=SUBJECTS)
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the stores, chosen as an operator does."""
-    if request.param == "redis":
-        monkeypatch.setenv("VQL_REDIS_URL", request.getfixturevalue("redis_url"))
+    for name, value in SUBJECTS[request.param](request).environment.items():
+        monkeypatch.setenv(name, value)
     return request.param
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.redis_store import RedisRows
@@ -13,6 +14,9 @@ from feature_repo.sqlite_store import SqliteRows
 from feature_repo.store import RowPut, RowStore
 from models.row import RowBytes
 from models.wire import Stamp
+
+if TYPE_CHECKING:
+    from pytest import FixtureRequest  # noqa: PT013 - the processes of a race import this module, without pytest
 
 A, B = "a" * 32, "b" * 32
 
@@ -28,7 +32,9 @@ class Clock:
 
 
 class Subject(Protocol):
-    """A store under test."""
+    """A store under test. environment: the variables by which an operator chooses it."""
+
+    environment: dict[str, str]
 
     def open(self, ttl_s: float | None = None) -> RowStore: ...
 
@@ -42,6 +48,7 @@ class SqliteSubject:
 
     folder: Path
     clock: Clock = field(default_factory=Clock)
+    environment: dict[str, str] = field(default_factory=dict)
 
     def open(self, ttl_s: float | None = None) -> RowStore:
         return SqliteRows(self.folder / "online.db", ttl_s, self.clock)
@@ -56,6 +63,10 @@ class RedisSubject:
 
     url: str
 
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"VQL_REDIS_URL": self.url}
+
     def open(self, ttl_s: float | None = None) -> RowStore:
         return RedisRows(RedisSettings(url=self.url, ttl_s=ttl_s))
 
@@ -63,7 +74,11 @@ class RedisSubject:
         time.sleep(seconds)
 
 
-SUBJECTS = ["sqlite", "redis"]
+# Every store that there is: a further one is a further line.
+SUBJECTS: dict[str, Callable[[FixtureRequest], Subject]] = {
+    "sqlite": lambda request: SqliteSubject(request.getfixturevalue("tmp_path")),
+    "redis": lambda request: RedisSubject(request.getfixturevalue("redis_url")),
+}
 
 
 def stamp(offset: int, *, epoch: int = 0, revision: int = 0, partition: int = 0) -> Stamp:

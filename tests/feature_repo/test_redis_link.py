@@ -11,7 +11,7 @@ import pytest
 
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.redis_store import RedisRows
-from jobs.local_servers import free_port
+from jobs.local_servers import free_port, free_ports
 from models.errors import StoreError, UnavailableError
 from tests.feature_repo.subjects import A, bytes_of, get, stamp, whole
 from tests.redis_server import MEMORY_ONLY, RedisServer, running_redis
@@ -106,18 +106,6 @@ def test_the_password_comes_from_its_file_and_a_wrong_one_is_not_tried_for_long(
             assert "guess" not in str(e.value)
 
 
-def test_a_ranker_needs_no_right_but_to_read(server, tmp_path):
-    (tmp_path / "password").write_text(PASSWORD)
-    open_rows(server).put_rows(A, [whole("u", stamp(1))])
-    with server.client() as client:
-        rights = ("+hmget", "+mget", "+select", "+client")
-        client.execute_command("ACL SETUSER", "ranker", "on", f">{PASSWORD}", "~vql:*", *rights)
-    rows = open_rows(server, username="ranker", password_file=tmp_path / "password")
-    assert get(rows, "u") == bytes_of(whole("u", stamp(1)))
-    with pytest.raises(StoreError, match=r"give this user the rights for the keys vql:\*"):
-        rows.put_rows(A, [whole("u", stamp(2))])
-
-
 def test_a_full_server_is_an_error_with_the_remedy_and_what_was_written_stays(server):
     rows = open_rows(server)
     rows.put_rows(A, [whole("u", stamp(1))])
@@ -140,15 +128,39 @@ def test_a_replica_that_takes_no_writes_is_unavailable_until_it_is_promoted(serv
     assert rows.put_rows(A, [whole("u", stamp(2))]) == [True]
 
 
-def test_tls_is_spoken_to_a_server_whose_certificate_the_given_file_vouches_for(tmp_path):
-    key, ca, port = tmp_path / "key.pem", tmp_path / "ca.pem", free_port()
+def test_one_primary_of_a_cluster_of_several_is_refused_with_the_remedy(tmp_path):
+    bus = free_ports(2)
+    options = [(*MEMORY_ONLY, "--cluster-enabled", "yes", "--cluster-port", str(port)) for port in bus]
+    (tmp_path / "other").mkdir()
+    with running_redis(tmp_path, options[0]) as server, running_redis(tmp_path / "other", options[1]) as other:
+        with server.client() as one, other.client() as two:
+            one.execute_command("CLUSTER ADDSLOTSRANGE", 0, 8000)
+            two.execute_command("CLUSTER ADDSLOTSRANGE", 8001, 16383)
+            one.execute_command("CLUSTER MEET", "127.0.0.1", other.port, bus[1])
+            while any(node.execute_command("CLUSTER INFO")["cluster_state"] != "ok" for node in (one, two)):
+                time.sleep(0.05)
+        for each in (server, other):
+            with pytest.raises(StoreError, match="use a single primary, with replicas") as caught:
+                open_rows(each).put_rows(A, [whole(f"u{n}", stamp(1)) for n in range(100)])
+            assert not isinstance(caught.value, UnavailableError)
+
+
+def test_tls_is_spoken_and_a_plain_caller_is_refused_and_told_so(tmp_path):
+    key, ca = tmp_path / "key.pem", tmp_path / "ca.pem"
     made = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
     named = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(ca)]
     subprocess.run([*made, *named], check=True, capture_output=True)
     files = ("--tls-key-file", str(key), "--tls-cert-file", str(ca), "--tls-ca-cert-file", str(ca))
-    with running_redis(tmp_path, (*MEMORY_ONLY, "--tls-port", str(port), "--tls-auth-clients", "no", *files)):
-        url = f"rediss://127.0.0.1:{port}/0"
-        rows = RedisRows(RedisSettings(url=url, ssl_ca_file=ca))
+    with running_redis(tmp_path, (*MEMORY_ONLY, "--tls-auth-clients", "no", *files), tls_ca=ca) as server:
+        rows = RedisRows(RedisSettings(url=server.url, ssl_ca_file=ca))
         assert rows.put_rows(A, [whole("u", stamp(1))]) == [True]
         with pytest.raises(StoreError, match="certificate"):
-            get(RedisRows(RedisSettings(url=url, retries=0)), "u")
+            get(RedisRows(RedisSettings(url=server.url, retries=0)), "u")
+        plain = RedisRows(RedisSettings(url=server.url.replace("rediss:", "redis:"), retries=0))
+        for call in (lambda: get(plain, "u"), lambda: plain.put_rows(A, [whole("u", stamp(2))])):
+            with pytest.raises(UnavailableError, match="if it speaks TLS, its address begins with rediss://"):
+                call()
+        assert get(rows, "u") == bytes_of(whole("u", stamp(1)))
+    with pytest.raises(UnavailableError) as caught:
+        get(plain, "u")
+    assert "rediss" not in str(caught.value)

@@ -40,9 +40,8 @@ def test_the_server_knows_each_script_by_the_name_that_is_computed_here(redis_se
 
 @pytest.mark.parametrize("user", ["u", "{}", "}{0}", "{meta}"])
 def test_no_command_touches_two_slots_of_a_cluster(tmp_path, user):
-    # The bus would listen 10,000 ports above, where there may be none.
-    cluster = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
-    with running_redis(tmp_path, (*MEMORY_ONLY, *cluster)) as server:
+    options = (*MEMORY_ONLY, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+    with running_redis(tmp_path, options) as server:
         with server.client() as client:
             client.execute_command("CLUSTER ADDSLOTS", *range(16384))
             while client.execute_command("CLUSTER INFO")["cluster_state"] != "ok":

@@ -206,3 +206,15 @@ def test_the_index_forgets_the_expired_and_keeps_those_that_no_longer_expire(red
         brief.put_rows(A, [whole(f"v{n}", stamp(1)) for n in range(500)])
         users = {m for key in client.keys(b"vql:*users:*") for m in client.zrange(key, 0, -1)}
     assert users == {b"u0", *(b"v%d" % n for n in range(500))}
+
+
+def test_an_expired_row_is_absent_to_a_reader_before_the_server_has_cleaned_up(tmp_path):
+    with running_redis(tmp_path, (*MEMORY_ONLY, "--enable-debug-command", "yes")) as server:
+        rows = RedisRows(RedisSettings(url=server.url, ttl_s=0.2))
+        with server.client() as client:
+            client.execute_command("DEBUG SET-ACTIVE-EXPIRE", 0)
+            rows.put_rows(A, [whole("u", stamp(1))])
+            held = client.dbsize()
+            time.sleep(0.3)
+            assert client.dbsize() == held
+            assert (get(rows, "u"), rows.count_rows(A)) == (None, 0)

@@ -1,102 +1,86 @@
 """Many writers on the same users, against every store: the newest row wins, and a chain of writers loses no link.
 
-The race is also run on Feast's own SQLite store, where it must fail: so it can fail.
+The race is also run on Feast's own stores, and without the fence: so it can fail.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import random
-import threading
 from ast import literal_eval
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import Pool
+from typing import Any
 
 import pytest
 
+from feature_repo import redis_store
+from feature_repo.redis_scripts import PUT_ROWS, SCRIPTS, Script
+from feature_repo.redis_settings import RedisSettings
+from feature_repo.redis_store import RedisRows
 from feature_repo.store import RowPut, RowStore
-from models.row import RowBytes
-from tests.feature_repo.subjects import A, bytes_of, get, stamp, whole
+from tests.feature_repo import race
+from tests.feature_repo.race import Outcome
+from tests.feature_repo.subjects import A, get, stamp
 
-RACED_USERS = [f"u{n}" for n in range(5)]
-
-
-def offers(seed: int) -> list[RowPut]:
-    """500 contended puts in an order of the writer's own."""
-    puts = [whole(user_id, stamp(5 * n + seed % 5)) for user_id in RACED_USERS for n in range(100)]
-    random.Random(seed).shuffle(puts)
-    return puts
+EVERY_STEP = race.PUTS // race.PUTS_PER_STEP
 
 
-NEWEST = max(put.stamp.order for seed in range(4) for put in offers(seed))
+def race_threads(store: Any, writers: int, puts: int = race.PUTS) -> list[Outcome]:
+    with ThreadPoolExecutor(writers) as pool:
+        return list(pool.map(lambda writer: race.run(store, writer, writers, puts), range(writers)))
 
 
-def offer_all(store: RowStore, seed: int) -> list[tuple[str, tuple[int, int, int]]]:
-    """Put one at a time; which the store accepted."""
-    return [(put.user_id, put.stamp.order) for put in offers(seed) if store.put_rows(A, [put])[0]]
+def processes(count: int) -> Pool:
+    """Processes that share nothing with this one, and import what they need once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.feature_repo.race", "feature_repo.redis_store", "feature_repo.sqlite_store"])
+    return context.Pool(count)
 
 
-def newest_marks() -> list[RowBytes]:
-    return [bytes_of(whole("u", stamp(NEWEST[1])))] * len(RACED_USERS)
+def require_that_the_newest_won(store: RowStore, outcomes: list[Outcome]) -> None:
+    assert sum(outcome.overwritten for outcome in outcomes) == 0
+    assert sum(outcome.torn for outcome in outcomes) == 0
+    rows = store.get_rows(A, race.USERS)
+    assert [race.offset_of(row) for row in rows] == race.newest_offsets(len(outcomes))
+    # No offset of a user was taken twice, and enough were for the writers to have met.
+    accepted = [each for outcome in outcomes for each in outcome.accepted]
+    assert len(accepted) == len(set(accepted)) > EVERY_STEP // len(outcomes)
 
 
-def accepted_once_each(accepted: list[list[tuple[str, tuple[int, int, int]]]]) -> bool:
-    """No stamp of a user was accepted twice, and each writer's own accepted stamps rise."""
-    every = [entry for part in accepted for entry in part]
-    per_user = [[order for user, order in part if user == raced] for part in accepted for raced in RACED_USERS]
-    return len(every) == len(set(every)) and all(orders == sorted(orders) for orders in per_user)
-
-
-def race_threads(open_store: Callable[[], RowStore]) -> list[list[tuple[str, tuple[int, int, int]]]]:
-    with ThreadPoolExecutor(4) as pool:
-        return list(pool.map(lambda seed: offer_all(open_store(), seed), range(4)))
-
-
-def test_the_newest_row_wins_a_race_of_threads_on_one_store(store):
-    assert accepted_once_each(race_threads(lambda: store))
-    assert store.get_rows(A, RACED_USERS) == newest_marks()
+@pytest.mark.parametrize("writers", [2, 4, 16])
+def test_the_newest_row_wins_a_race_of_threads(store, writers):
+    require_that_the_newest_won(store, race_threads(store, writers))
 
 
 @pytest.mark.slow
-def test_the_newest_row_wins_a_race_of_processes(store):
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        accepted = pool.starmap(offer_all, [(store, seed) for seed in range(4)], chunksize=1)
-    assert accepted_once_each(accepted)
-    assert store.get_rows(A, RACED_USERS) == newest_marks()
+@pytest.mark.parametrize("writers", [2, 16])
+def test_the_newest_row_wins_a_race_of_processes(store, writers):
+    with processes(writers) as pool:
+        outcomes = pool.starmap(race.run, [(store, writer, writers) for writer in range(writers)], chunksize=1)
+    require_that_the_newest_won(store, outcomes)
 
 
-def test_a_reader_in_the_race_sees_whole_rows_that_never_go_back(store):
-    done, seen = threading.Event(), []
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+def test_negative_control_older_rows_win_the_same_race_on_feasts_own_stores(tmp_path, request, kind):
+    # Imported late: Feast takes seconds.
+    from tests.feature_repo.stock_store import stock_redis, stock_sqlite
 
-    def watch() -> None:
-        while not done.is_set():
-            seen.append(store.get_rows(A, RACED_USERS))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        race_threads(lambda: store)
-    finally:
-        done.set()
-        watcher.join()
-    assert len(seen) > 10
-    for user in range(len(RACED_USERS)):
-        rows = [rows[user] for rows in seen if rows[user] is not None]
-        assert all(row.folded == row.recent for row in rows)
-        orders = [literal_eval(row.recent[: row.recent.index(b")") + 1].decode()) for row in rows]
-        assert orders == sorted(orders)
+    if kind == "sqlite":
+        stock = stock_sqlite(tmp_path)
+    else:
+        request.getfixturevalue("redis_url")
+        stock = stock_redis(tmp_path, request.getfixturevalue("redis_server").port)
+    assert sum(outcome.overwritten for outcome in race_threads(stock, 4, puts=race.PUTS // 10)) > 0
 
 
-def test_negative_control_an_older_row_wins_the_same_race_on_feasts_own_store(tmp_path):
-    # Imported late: the processes of the race above import this file, and Feast takes seconds.
-    from tests.feature_repo.stock_store import StockStore
-
-    store = StockStore(tmp_path / "stock.db")
-    accepted = race_threads(lambda: store)
-    assert not accepted_once_each(accepted)
-    rows = store.get_rows(A, RACED_USERS)
-    assert None not in rows
-    assert rows != newest_marks()
+def test_negative_control_the_race_notices_a_fence_that_does_not_compare(redis_url, monkeypatch):
+    fence = "if follows_it and newer then"
+    assert PUT_ROWS.text.count(fence) == 1
+    careless = Script(PUT_ROWS.text.replace(fence, "if true then"))
+    monkeypatch.setattr(redis_store, "PUT_ROWS", careless)
+    monkeypatch.setattr(redis_store, "SCRIPTS", [*SCRIPTS, careless])
+    rows = RedisRows(RedisSettings(url=redis_url))
+    assert sum(outcome.overwritten for outcome in race_threads(rows, 4, puts=race.PUTS // 10)) > 0
 
 
 def extend(store: RowStore, writer: int, links: int) -> list[int]:
@@ -124,7 +108,7 @@ def test_writers_that_continue_what_they_read_lose_no_link(store, writers):
 
 @pytest.mark.slow
 def test_processes_that_continue_what_they_read_lose_no_link(store):
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
+    with processes(4) as pool:
         made = pool.starmap(extend, [(store, n, 25) for n in range(4)], chunksize=1)
     chain = literal_eval(get(store, "u").recent.decode())
     assert sorted(at for links in made for at in links) == list(range(100))
