@@ -37,11 +37,15 @@ class Freshness(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """Resident memory (MiB) of the stream's process over `seconds` at half of its capacity."""
+    """Resident memory (MiB) of the stream's process over `seconds` at half of its capacity.
+
+    Its rows in memory grow with their users' histories, up to --row-cache-mb; by_minute tells that from a leak.
+    """
 
     start: float
     end: float
     max: float
+    by_minute: list[float]
     seconds: float
 
 

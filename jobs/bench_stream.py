@@ -21,7 +21,7 @@ from rich.console import Console
 from jobs.bench import java_and_kafka, machine, versions
 from jobs.bench_figures import SIDES, BytesPerEvent, Figures, Freshness, Memory, PoisonCost, Throughput
 from jobs.bench_floor import FloorDone
-from jobs.bench_live import Site, offer, percentile_s, resident_mb
+from jobs.bench_live import RSS_INTERVAL_S, Site, offer, percentile_s, resident_mb
 from jobs.bench_load import LOADS, Load, Record, Traffic, past_ms, random_checkpoint
 from jobs.bench_sides import BATCH, Bench, catch_up, require_equal_rows, run_floor, streaming
 from jobs.local_servers import running_kafka, running_redis
@@ -221,7 +221,13 @@ def _live(
         if plan.soak_s:
             with resident_mb(running.process.pid) as sampled_mb:
                 offer(site, traffic, SOAK_SHARE * capacity, plan.soak_s)
-            memory = Memory(start=sampled_mb[0], end=sampled_mb[-1], max=max(sampled_mb), seconds=plan.soak_s)
+            memory = Memory(
+                start=sampled_mb[0],
+                end=sampled_mb[-1],
+                max=max(sampled_mb),
+                by_minute=sampled_mb[:: round(60 / RSS_INTERVAL_S)],
+                seconds=plan.soak_s,
+            )
             bench.say(f"memory: {memory.start:,.0f} MiB, at the end {memory.end:,.0f}")
         running.process.send_signal(signal.SIGTERM)
         running.process.wait(END_WAIT_S)
