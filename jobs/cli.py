@@ -25,6 +25,7 @@ from jobs.cli_size import size
 from jobs.cli_stream import stream
 from models.errors import InputError, VqlError
 from models.files import disk_error
+from models.model_names import MODELS
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -144,7 +145,7 @@ def train(
     log: Log,
     checkpoint: Annotated[Path, typer.Option(resolve_path=True, help="Where to write the checkpoint.")],
     work: Annotated[Path, typer.Option(resolve_path=True, help="Folder for examples and state; resumed from.")],
-    model: Annotated[str, typer.Option(help="vql, din_50 or no_history")] = "vql",
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "vql",
     field: Annotated[list[str], typer.Option(help="An item field to use, from vql ingest-items; repeatable.")] = [],
     half_life: Annotated[
         list[str], typer.Option(help="One per head: 12h, 7d or never; commas for several rates of a head.")

@@ -7,11 +7,20 @@ from collections.abc import Callable
 from torch import nn
 
 from models.ranker import Shape, VqlHistory
-from models.rivals.din import DinHistory
+from models.rivals.din import DinHistory, din_with_time
+from models.rivals.full import FullHistory
+from models.rivals.mean import MeanHistory
+from models.rivals.memory import MemoryHistory
 from models.rivals.no_history import NoHistory
+from models.rivals.twin import TwinHistory
 
 HISTORIES: dict[str, Callable[[Shape], nn.Module]] = {
     "vql": VqlHistory,
+    "full": FullHistory,
     "din_50": DinHistory,
+    "din_50_time": din_with_time,
+    "twin": TwinHistory,
+    "memory": MemoryHistory,
+    "mean": MeanHistory,
     "no_history": NoHistory,
 }

@@ -1,0 +1,26 @@
+"""Exact attention over the whole history, trained end to end: what VQL approximates, and its upper reference.
+
+Projections, layer norms, temperature, temporal kernel and values are VQL's own; only no key is ever quantised.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from models.ranker import Shape, VqlHistory
+
+
+class FullHistory(nn.Module):
+    """VQL's attention with exact keys: the training loop starts only the codebook of a `VqlHistory` itself."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.attention = VqlHistory(shape)
+
+    @property
+    def value(self) -> nn.Linear:
+        """Where the candidate's own projection starts."""
+        return self.attention.value
+
+    def forward(self, candidate_BCd, encoder, request):
+        return self.attention(candidate_BCd, encoder, request)
