@@ -143,7 +143,7 @@ def train(
     log: Log,
     checkpoint: Annotated[Path, typer.Option(resolve_path=True, help="Where to write the checkpoint.")],
     work: Annotated[Path, typer.Option(resolve_path=True, help="Folder for examples and state; resumed from.")],
-    model: Annotated[str, typer.Option(help="vql, din_50 or no_history")] = "vql",
+    model: Annotated[str, typer.Option(help="vql, din_50, sdim, sim, eta or no_history")] = "vql",
     field: Annotated[list[str], typer.Option(help="An item field to use, from vql ingest-items; repeatable.")] = [],
     half_life: Annotated[
         list[str], typer.Option(help="One per head: 12h, 7d or never; commas for several rates of a head.")

@@ -106,7 +106,7 @@ def test_two_processes_train_one_model(spark, shop: Shop, tmp_path: Path) -> Non
     [
         ({"half_life_ms": ((DAY_MS,), (None,))}, "2 half-lives for 4 heads; give one per head"),
         ({"half_life_ms": ((DAY_MS,), (None, 1.0), (None,), (None,))}, "every head needs as many rates"),
-        ({"model": "transformer"}, "model 'transformer' is none of vql, din_50, no_history"),
+        ({"model": "transformer"}, "model 'transformer' is none of vql, din_50, sdim, sim, eta, no_history"),
         ({"fields": ("category", "category")}, "each can be there once"),
         ({"fields": ("item_id",)}, "item_id is always one"),
     ],

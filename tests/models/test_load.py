@@ -46,7 +46,7 @@ def again(checkpoint: Checkpoint, **changes) -> Checkpoint:
     return write_checkpoint(checkpoint.path.with_name("again"), manifest, tensors, vocabularies)
 
 
-@pytest.mark.parametrize("model", ["vql", "din_50", "no_history"])
+@pytest.mark.parametrize("model", HISTORIES)
 def test_a_loaded_ranker_scores_as_the_one_that_was_saved(tmp_path, model):
     torch.manual_seed(3)
     ranker = Ranker(SHAPE, torch.from_numpy(feature_table()), HISTORIES[model](SHAPE)).eval()

@@ -13,6 +13,7 @@ import torch
 
 from jobs.evaluate import quality, score_raw
 from models.errors import InputError
+from models.rivals import HISTORIES
 from models.timelines import impressions_of, timeline_files
 from models.training import final_parameters, new_ranker, train
 from tests.small_examples import small_plan
@@ -33,7 +34,7 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("model", ["vql", "din_50", "no_history"])
+@pytest.mark.parametrize("model", HISTORIES)
 def test_the_loss_falls_and_every_step_is_logged(tmp_path, model):
     plan = small_plan(tmp_path, model)
     train(plan)
