@@ -51,7 +51,6 @@ class TargetAttention(nn.Module):
         """The same from keys (X = H * E) and values that were gathered already."""
         users, candidates, count = weight_BCk.shape
         nothing_BC = (weight_BCk <= 0).all(dim=-1)
-        bias_BCk = torch.where(nothing_BC[..., None], 0.0, weight_BCk.clamp(min=0).log())
 
         def by_head(x: torch.Tensor, length: int) -> torch.Tensor:
             return x.view(users * candidates, length, self.sizes.heads, -1).transpose(1, 2)
@@ -60,7 +59,7 @@ class TargetAttention(nn.Module):
             by_head(self.query(candidate_BCd), 1),
             by_head(key_BCkX, count),
             by_head(value_BCkV, count),
-            attn_mask=bias_BCk.view(-1, 1, 1, count),
+            attn_mask=weight_BCk.clamp(min=0).log().view(-1, 1, 1, count),
         )
         return torch.where(nothing_BC[..., None], 0.0, out_NH1D.reshape(users, candidates, -1))
 
