@@ -1,9 +1,9 @@
-"""The sides of `vql bench rank`: one user's candidates scored from what a store holds of the user, fetch included.
+"""The sides of `vql bench rank`: users' candidates scored from what a store holds of the users, fetch included.
 
-All sides share the frame (item encoder, head) and the checkpoint, have their item vectors in memory, and read from the
-same Redis: `Vql` the row, `Raw` the raw events, all of them or the newest. Raw events are the 24-byte records of a
-row's recent part, one string per user. Parameters are random: what scoring costs depends on sizes, not on what was
-learned.
+All sides share the frame (item encoder, head) and the checkpoint, have what depends on items alone in memory, and read
+from the same Redis. VQL's is `jobs.scoring.Scorer`, the product's own. A rival's is `Rival`: one string for each user
+by MGET, then a user at a time. Raw events are the 24-byte records of a row's recent part. Parameters are random: what
+scoring costs depends on sizes, not on what was learned.
 
 Shapes: as in models.ranker; L events of a history.
 """
@@ -11,9 +11,10 @@ Shapes: as in models.ranker; L events of a history.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from jobs.bench_load import ACTIONS, DAY_MS, ITEMS
 from jobs.encode_items import encode_table
-from jobs.scoring import Asked, Scorer
+from jobs.scoring import Asked, Scored, Scores
 from models.attention import history_bias
 from models.checkpoint import Checkpoint, Manifest, Sizes, write_checkpoint
 from models.item_table import ItemTable, append_segments
@@ -33,61 +34,68 @@ from models.request import Impression, Request, collate
 from models.wire import RECENT, recent_actions, recent_times
 
 
-class Timed(NamedTuple):
-    """Logits, and the seconds of fetching and of scoring."""
-
-    logit_C: torch.Tensor
-    fetch_s: float
-    score_s: float
-
-
 class Side(Protocol):
-    """One way to score a user's candidates."""
+    """One way to score users' candidates."""
 
-    def score(self, asked: Asked) -> Timed: ...
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Vql:
-    """The product's own path, as `vql serve` goes it."""
-
-    scorer: Scorer
-
-    def score(self, asked: Asked) -> Timed:
-        scores = self.scorer.score([asked])
-        return Timed(torch.tensor(scores.users[0].scores), scores.read_s, scores.score_s)
-
-
-class RawHistories:
-    """Raw events in Redis."""
-
-    def __init__(self, client: redis.Redis) -> None:
-        self._client = client
-
-    def put(self, user_id: str, events: np.ndarray) -> None:
-        self._client.set(f"history:{user_id}", events.tobytes())
-
-    def newest(self, user_id: str, count: int = 0) -> np.ndarray:
-        """The newest `count` events (0: all), oldest first, dtype RECENT."""
-        return np.frombuffer(self._client.getrange(f"history:{user_id}", -count * RECENT.itemsize, -1), RECENT)
+    def score(self, asked: Sequence[Asked]) -> Scores: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Raw:
-    """A ranker that reads raw events, and how many of the newest it needs (0: all)."""
+class Rival:
+    """Scores from one string of each user: `fetch` gets them, `logits` (C) reads one."""
+
+    fetch: Callable[[Sequence[str]], list[bytes]]
+    logits: Callable[[Asked, bytes], torch.Tensor]
+
+    def score(self, asked: Sequence[Asked]) -> Scores:
+        start_s = time.perf_counter()
+        fetched = self.fetch([one.user_id for one in asked])
+        fetched_s = time.perf_counter()
+        with torch.inference_mode():
+            scores = [self.logits(one, data).tolist() for one, data in zip(asked, fetched, strict=True)]
+        return Scores(
+            checkpoint_id="",
+            users=[Scored(scores=each, history="", unknown=[]) for each in scores],
+            read_s=fetched_s - start_s,
+            score_s=time.perf_counter() - fetched_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Strings:
+    """One string for each user in Redis, of one kind."""
+
+    client: redis.Redis
+    kind: str
+
+    def put(self, user_id: str, data: bytes) -> None:
+        self.client.set(self._key(user_id), data)
+
+    def whole(self, user_ids: Sequence[str]) -> list[bytes]:
+        return self.client.mget([self._key(user_id) for user_id in user_ids])
+
+    def ends(self, user_ids: Sequence[str], size_bytes: int) -> list[bytes]:
+        """The last bytes of each."""
+        pipeline = self.client.pipeline(transaction=False)
+        for user_id in user_ids:
+            pipeline.getrange(self._key(user_id), -size_bytes, -1)
+        return pipeline.execute()
+
+    def _key(self, user_id: str) -> str:
+        return f"{self.kind}:{user_id}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RawEvents:
+    """The logits of a ranker that reads raw events, as they were fetched."""
 
     ranker: Ranker
     table: ItemTable
-    histories: RawHistories
-    newest: int
+    device: torch.device
 
-    def score(self, asked: Asked) -> Timed:
-        start_s = time.perf_counter()
-        events = self.histories.newest(asked.user_id, self.newest)
-        fetched_s = time.perf_counter()
-        with torch.inference_mode():
-            logit_BC, _ = self.ranker(as_request(asked, events, self.table))
-        return Timed(logit_BC[0], fetched_s - start_s, time.perf_counter() - fetched_s)
+    def logits(self, asked: Asked, data: bytes) -> torch.Tensor:
+        request = as_request(asked, np.frombuffer(data, RECENT), self.table)
+        return self.ranker(request.to(self.device))[0][0]
 
 
 def as_request(asked: Asked, events: np.ndarray, table: ItemTable) -> Request:
@@ -148,7 +156,7 @@ def rival(ranker: Ranker, history: nn.Module, shape: Shape) -> Ranker:
     """The ranker with another way to read a history, and all else the same."""
     other = Ranker(shape, ranker.encoder.feature_MF, history)
     other.encoder, other.candidate, other.head = ranker.encoder, ranker.candidate, ranker.head
-    return other.eval()
+    return other.eval().to(ranker.encoder.feature_MF.device)
 
 
 def bench_shape(sizes: Sizes) -> Shape:

@@ -82,28 +82,49 @@ def stream(
 def rank(
     output: Output,
     seconds: Annotated[
-        float, typer.Option(min=0.0, help="About how long each side is measured, at each length and number.")
+        float, typer.Option(min=0.0, help="About how long each side is measured, at each length or number.")
     ] = 5.0,
+    device: Annotated[str, typer.Option(help="Where all sides score: cpu, cuda or cuda:N")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run: short histories, 0.2 s each.")] = False,
 ) -> None:
-    """What it costs to score 100 and 500 candidates of a user who has 1,000, 10,000 or 100,000 events.
+    """What it costs to score 500 candidates of a user who has 1,000, 10,000 or 100,000 events.
 
-    Starts its own redis-server; every side fetches what it needs from it, and its scores are checked against plain
-    attention first. Takes about three minutes.
+    Starts its own redis-server; every side fetches what it needs from it, and its scores are checked against those of
+    raw events first. Takes about six minutes.
 
-    [b]vql[/b]: the row, by the product's own path. [b]full_attention[/b]: every raw event, with exact keys, by torch's
-    fused attention. [b]din_50[/b]: the newest 50. [b]flatness[/b]: p50 at the longest history over the shortest.
+    [b]vql[/b]: the row, by the product's own path. [b]full[/b]: every raw event, with exact keys, by torch's fused
+    attention. [b]sdim[/b]: 8 KB of hashed sums per user, made when events are written. [b]topk[/b]: every raw event,
+    and attention over the 50 nearest by 64-bit hashes (ETA). [b]din_50[/b]: the newest 50.
+    [b]crossover_length[/b]: below it full costs less than vql (null: nowhere). [b]concurrent[/b]: what each of 1, 8 and
+    32 clients waits at 10,000 events; every side behind the batches of vql serve, without HTTP. [b]flatness[/b]: p50 at
+    the longest history over the shortest. [b]few_candidates[/b]: 100 instead of 500.
 
     Example: vql bench rank --output build/bench/rank.json
     """
     from jobs.bench import figures_table, write_figures
-    from jobs.bench_rank import RankBench, run_rank_bench, table_rows
+    from jobs.bench_rank import RankBench, client_rows, run_rank_bench, table_rows
 
-    plan = RankBench(lengths=(100, 1_000), users=2, rounds=2, seconds=0.2) if quick else RankBench(seconds=seconds)
+    plan = RankBench(seconds=seconds, device=device)
+    if quick:
+        plan = RankBench(
+            lengths=(100, 1_000),
+            ladder=(30, 300),
+            clients=(1, 4),
+            clients_length=1_000,
+            users=2,
+            rounds=2,
+            seconds=0.2,
+            device=device,
+        )
     figures = run_rank_bench(plan, out)
     write_figures(output, figures)
     columns = [f"{length:,} events" for length in plan.lengths]
-    out.print(figures_table("the ranker, on this machine", columns, table_rows(figures)))
+    out.print(figures_table("the ranker, on this machine", columns, table_rows(plan, figures)))
+    columns = [f"{count} clients" for count in plan.clients]
+    out.print(figures_table(f"{plan.clients_length:,} events, clients at once", columns, client_rows(plan, figures)))
+    crossover = figures["crossover_length"]
+    where = f"below {crossover:,.0f} events" if crossover else "nowhere, or at every length"
+    out.print(f"full costs less than vql {where}")
     out.print(f"figures: {output}", soft_wrap=True)
 
 

@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 # Those of `models.rivals.HISTORIES`, in its order.
-MODELS = ("vql", "full", "din_50", "din_50_time", "twin", "memory", "mean", "no_history")
+MODELS = ("vql", "full", "din_50", "din_50_time", "sim", "eta", "twin", "sdim", "memory", "mean", "no_history")

@@ -182,7 +182,7 @@ class Ranker(nn.Module):
         """Logits from raw histories, and the history's auxiliary loss: the training form."""
         x_BCd = self.encoder(request.candidate_BC)
         seen_BCV, auxiliary = self.history(x_BCd, self.encoder, request)
-        return self._score(x_BCd, seen_BCV), auxiliary
+        return self.logits(x_BCd, seen_BCV), auxiliary
 
     def from_cache(
         self,
@@ -194,9 +194,12 @@ class Ranker(nn.Module):
         if not isinstance(self.history, VqlHistory):
             raise TypeError(f"{type(self.history).__name__} cannot be read from a cache")
         x_BCd = self.encoder(candidate_BC)
-        return self._score(x_BCd, self.history.from_cache(x_BCd, cache, now_ms_B))
+        return self.logits(x_BCd, self.history.from_cache(x_BCd, cache, now_ms_B))
 
-    def _score(self, x_BCd: torch.Tensor, seen_BCV: torch.Tensor) -> torch.Tensor:
+    def logits(
+        self, x_BCd: Float[torch.Tensor, "B C d"], seen_BCV: Float[torch.Tensor, "B C V"]
+    ) -> Float[torch.Tensor, "B C"]:
+        """Logits from the candidates' vectors, and from what each of them sees of the history."""
         candidate_BCV = self.candidate(x_BCd)
         joint = torch.cat([candidate_BCV, seen_BCV, candidate_BCV * seen_BCV], dim=-1)
         return self.head(joint)[..., 0]

@@ -7,7 +7,7 @@ Shapes: B requests, C candidates, L events of the longest history. Padding has w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ class History:
             weight_BL=self.weight_BL[:, -length:],
         )
 
+    def to(self, device: torch.device) -> History:
+        return History(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
@@ -43,6 +46,10 @@ class Request:
     label_BC: Float32[torch.Tensor, "B C"]
     now_ms_B: Int64[torch.Tensor, "B"]
     history: History
+
+    def to(self, device: torch.device) -> Request:
+        """The same, on this device."""
+        return Request(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

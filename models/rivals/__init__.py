@@ -8,10 +8,13 @@ from torch import nn
 
 from models.ranker import Shape, VqlHistory
 from models.rivals.din import DinHistory, din_with_time
+from models.rivals.eta import EtaHistory
 from models.rivals.full import FullHistory
 from models.rivals.mean import MeanHistory
 from models.rivals.memory import MemoryHistory
 from models.rivals.no_history import NoHistory
+from models.rivals.sdim import SdimHistory
+from models.rivals.sim import SimHistory
 from models.rivals.twin import TwinHistory
 
 HISTORIES: dict[str, Callable[[Shape], nn.Module]] = {
@@ -19,7 +22,10 @@ HISTORIES: dict[str, Callable[[Shape], nn.Module]] = {
     "full": FullHistory,
     "din_50": DinHistory,
     "din_50_time": din_with_time,
+    "sim": SimHistory,
+    "eta": EtaHistory,
     "twin": TwinHistory,
+    "sdim": SdimHistory,
     "memory": MemoryHistory,
     "mean": MeanHistory,
     "no_history": NoHistory,

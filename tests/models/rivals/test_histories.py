@@ -15,7 +15,7 @@ from tests.models.test_ranker import impressions, new_ranker
 
 # Whether the order of events with equal times, and whether their times, change what is read.
 SEES_ORDER = {"memory"}
-SEES_TIME = {"vql", "full", "din_50_time", "twin"}
+SEES_TIME = {"vql", "full", "din_50_time", "twin", "sim"}
 
 
 def seen(ranker: Ranker, request: Request) -> torch.Tensor:
