@@ -32,10 +32,5 @@ class Filling:
         for first, (filled, rows) in reversed(self._parts.items()):
             if filled.cancel():
                 self._batch.fill(first, rows)
-        self.abandon()
-
-    def abandon(self) -> None:
-        """Wait for what is begun, and forget the rest."""
-        begun = [filled for filled, _ in self._parts.values() if not filled.cancel()]
-        for filled in begun:
-            filled.result()
+            else:
+                filled.result()

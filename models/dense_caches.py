@@ -60,7 +60,10 @@ class DenseBatch:
 
     def scatter(self, first: int, places: RowPlaces) -> None:
         """`fill` with rows that are found already."""
-        at = slice(first, first + len(places.place_B))
+        users = len(places.place_B)
+        # The kernel writes where it is told to, and would write beyond the tensors.
+        assert 0 <= first <= len(self.place_B) - users, f"{users} rows from {first} on in {len(self.place_B)}"
+        at = slice(first, first + users)
         table = self._using.table
         dense_kernel(
             places.place_B,

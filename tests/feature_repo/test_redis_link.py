@@ -6,13 +6,16 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.redis_store import RedisRows
+from feature_repo.store import RowPut
 from jobs.local_servers import free_port
 from models.errors import StoreError, UnavailableError
+from models.row import RowBytes
 from tests.feature_repo.subjects import A, bytes_of, get, stamp, whole
 from tests.redis_server import MEMORY_ONLY, RedisServer, running_redis
 
@@ -152,3 +155,21 @@ def test_tls_is_spoken_to_a_server_whose_certificate_the_given_file_vouches_for(
         assert rows.put_rows(A, [whole("u", stamp(1))]) == [True]
         with pytest.raises(StoreError, match="certificate"):
             get(RedisRows(RedisSettings(url=url, retries=0)), "u")
+
+
+def test_a_read_that_is_cut_off_in_the_middle_gives_every_part_again(server):
+    rows = open_rows(server, retries=3, timeout_s=20)
+    # More than the sockets of both sides hold, so that the cut is seen before the last part.
+    puts = [RowPut(user_id=f"u{n}", stamp=stamp(n), recent=b"%d" % n, folded=b"x" * 500_000) for n in range(100)]
+    rows.put_rows(A, puts)
+    firsts: list[int] = []
+
+    def take(first: int, part: Sequence[RowBytes | None]) -> None:
+        if not firsts:
+            with server.client() as client:
+                client.client_kill_filter(_type="normal", skipme=True)
+        firsts.append(first)
+
+    assert rows.get_rows(A, [put.user_id for put in puts], take) == [bytes_of(put) for put in puts]
+    assert firsts[-4:] == [0, 25, 50, 75]
+    assert 5 <= len(firsts) < 8
