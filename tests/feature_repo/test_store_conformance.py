@@ -40,7 +40,7 @@ def test_newer_replaces_older_and_never_the_other_way(store, older, newer):
     assert get(store, "u") == bytes_of(whole("u", newer))
 
 
-@pytest.mark.parametrize("count", [0, 1, 25, 60, 1_010])
+@pytest.mark.parametrize("count", [0, 1, 50, 60, 1_010])
 def test_rows_come_in_parts_as_well_whatever_their_number(store, count):
     users = [f"u{n}" for n in range(count)]
     store.put_rows(A, [whole(user_id, stamp(n)) for n, user_id in enumerate(users[::2])])
