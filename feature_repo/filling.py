@@ -22,10 +22,19 @@ class Filling:
         self._parts: dict[int, tuple[Future[None], Sequence[RowBytes | None]]] = {}
 
     def take(self, first: int, rows: Sequence[RowBytes | None]) -> None:
-        """Have these rows filled in soon. A part that came before, in a try that failed, is done with first."""
+        """Have these rows filled in soon; the last part by the caller, for whom there is nothing left to receive.
+
+        A part that came before, in a try that failed, is done with first.
+        """
         if first in self._parts:
             wait([self._parts[first][0]])
-        self._parts[first] = self._threads.submit(self._batch.fill, first, rows), rows
+        if first + len(rows) == len(self._batch.place_B):
+            self._batch.fill(first, rows)
+            return
+        try:
+            self._parts[first] = self._threads.submit(self._batch.fill, first, rows), rows
+        except RuntimeError:  # the threads were shut down: the reader was closed while this read was under way
+            self._batch.fill(first, rows)
 
     def finish(self) -> None:
         """All parts are filled in when this returns; those that no thread has begun by now, by the caller."""

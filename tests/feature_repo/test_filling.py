@@ -29,12 +29,14 @@ def assert_as_at_once(batch: DenseBatch, rows: list[RowBytes | None], fold: Fold
         assert torch.equal(getattr(batch.caches().caches, name), getattr(expected, name)), name
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_parts_are_filled_in_whether_the_thread_is_free_or_not(rows, fold: Fold, busy: bool):
+@pytest.mark.parametrize("state", ["free", "busy", "shut down"])
+def test_parts_are_filled_in_whatever_the_thread_is_at(rows, fold: Fold, state: str):
     batch, free = DenseBatch(len(rows), fold, CPU), threading.Event()
     with ThreadPoolExecutor(1) as threads:
-        if busy:
+        if state == "busy":
             threads.submit(free.wait, 30)
+        if state == "shut down":
+            threads.shutdown()
         filling = Filling(batch, threads)
         for first in range(0, len(rows), 2):
             filling.take(first, rows[first : first + 2])
@@ -47,8 +49,9 @@ def test_a_part_that_comes_again_counts_as_it_came_last(rows, fold: Fold):
     batch = DenseBatch(len(rows), fold, CPU)
     with ThreadPoolExecutor(2) as threads:
         filling = Filling(batch, threads)
-        filling.take(0, [rows[1]] * len(rows))
-        filling.take(0, rows)
+        filling.take(0, [rows[1]] * (len(rows) - 1))
+        filling.take(0, rows[:-1])
+        filling.take(len(rows) - 1, rows[-1:])
         filling.finish()
     assert_as_at_once(batch, rows, fold)
 
