@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 
 import msgspec
+import numpy as np
 from cachetools import LRUCache
 
 from models.row import RowBytes
-from models.row_places import ABSENT, SOUND, RowPlaces, stamps
+from models.row_places import ABSENT, SOUND, stamps
 
 # What an entry takes beside its bytes: its id, its stamp, and its places in three dictionaries.
 _ENTRY_BYTES = 800
@@ -47,16 +48,16 @@ class KeptRows:
             kept = [self._rows.get(user_id) for user_id in user_ids]
         return [each.row if each is not None and each.read_s >= since_s else None for each in kept]
 
-    def renew(self, user_ids: Sequence[str], rows: Sequence[RowBytes | None], places: RowPlaces) -> list[int]:
+    def renew(self, user_ids: Sequence[str], rows: Sequence[RowBytes | None], place_B: np.ndarray) -> list[int]:
         """Keep the sound rows among these that the store gave, and forget users whom it has not.
 
-        Returns which of the rows are older than those kept, and were left out: a store must not go back, but a
-        failover may. When a kept row is too old itself, the store's counts.
+        place_B: the places of the rows (dtype PLACE). Returns which of the rows are older than those kept, and were
+        left out: a store must not go back, but a failover may. When a kept row is too old itself, the store's counts.
         """
         now_s, behind = self._clock(), []
-        statuses = places.place_B["status"].tolist()
+        statuses = place_B["status"].tolist()
         with self._turn:
-            columns = zip(user_ids, rows, statuses, stamps(places.place_B), strict=True)
+            columns = zip(user_ids, rows, statuses, stamps(place_B), strict=True)
             for b, (user_id, row, status, order) in enumerate(columns):
                 kept = self._rows.get(user_id)
                 if status == SOUND:

@@ -26,19 +26,20 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from feature_repo.filling import Filling
 from feature_repo.kept_rows import KeptRows
 from feature_repo.opened import Opened
 from feature_repo.reader_metrics import ReaderMetrics
 from feature_repo.store import RowStore
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
-from models.dense_caches import DenseCaches, dense_caches, placed
+from models.dense_caches import DenseBatch, DenseCaches
 from models.errors import ForeignRowError, StoreError, UnavailableError, WireError
 from models.row import Fold, Row, RowBytes, decode_row
 from models.row_places import ABSENT as NO_ROW
 from models.row_places import DAMAGED as BAD_ROW
 from models.row_places import FOREIGN as FOREIGN_ROW
-from models.row_places import SOUND, RowPlaces
+from models.row_places import SOUND
 
 FRESH = "fresh"
 # A store that is late again within this time is late still, and not news.
@@ -55,13 +56,15 @@ class ReadLimits:
     it, and a store that is away is an UnavailableError: so tools have it, which would rather fail than miss a user.
 
     kept_bytes, kept_s: of the rows read last. waiting_max: calls that may wait for the store at once, those that were
-    given up included; beyond, a call is late at once.
+    given up included; beyond, a call is late at once. fillers: threads, shared by all calls, that make tensors of rows
+    while a call's thread receives the next.
     """
 
     deadline_s: float | None = None
     kept_bytes: int = 256 << 20
     kept_s: float = 300.0
     waiting_max: int = 64
+    fillers: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +121,7 @@ class Reader:
         self._kept = KeptRows(limits.kept_bytes, limits.kept_s)
         self._threads = ThreadPoolExecutor(limits.waiting_max + 1, thread_name_prefix="vql-reader")
         self._waiting = threading.Semaphore(limits.waiting_max)
+        self._fillers = ThreadPoolExecutor(limits.fillers, thread_name_prefix="vql-filler")
         self._begun = False
         self._refusal: StoreError | None = None
         self._late_s = -LATE_NEWS_S
@@ -180,6 +184,7 @@ class Reader:
     def close(self) -> None:
         """Give the threads and the store's connections back."""
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._fillers.shutdown(wait=False)
         self.rows.close()
 
     def _ask(self, user_ids: Sequence[str]) -> Future[_Fetched] | None:
@@ -196,27 +201,23 @@ class Reader:
     def _fetch(self, user_ids: Sequence[str]) -> _Fetched:
         """The caches from the store's rows. Who waited may have gone: then the rows are at least kept."""
         using = self.fold
+        batch = DenseBatch(len(user_ids), using, self.device)
+        filling = Filling(batch, self._fillers)
         try:
             self.require_filled()
-            rows = self.rows.get_rows(using.spec.checkpoint_id, user_ids)
+            rows = self.rows.get_rows(using.spec.checkpoint_id, user_ids, filling.take)
         except UnavailableError:
             raise
         except StoreError as error:
             self._forget(error)
             raise
-        places = placed(rows, using)
-        behind = [] if self.limits.deadline_s is None else self._kept.renew(user_ids, rows, places)
-        if behind:
-            kept = self._kept.get([user_ids[b] for b in behind])
-            for b, row in zip(behind, kept, strict=True):
-                rows[b] = row or rows[b]
-            places = placed(rows, using)
+        filling.finish()
+        behind = [] if self.limits.deadline_s is None else self._kept.renew(user_ids, rows, batch.place_B)
+        for b, row in zip(behind, self._kept.get([user_ids[b] for b in behind]), strict=True):
+            if row is not None:
+                batch.fill(b, [row])
         self._refusal = None
-        return self._scattered(places, using, {user_ids[b]: REGRESSED for b in behind})
-
-    def _scattered(self, places: RowPlaces, using: Fold, stale: dict[str, str], absent: str = ABSENT) -> _Fetched:
-        dense = dense_caches(places, using, self.device)
-        return _Fetched(status_B=places.place_B["status"], dense=dense, stale=stale, absent=absent)
+        return _fetched(batch, {user_ids[b]: REGRESSED for b in behind})
 
     def require_filled(self) -> None:
         """Raises StoreError while the store holds nothing of the checkpoint, UnavailableError if it does not answer."""
@@ -260,8 +261,13 @@ class Reader:
             _log.warning("the online store is late: users are read from kept rows, or without history")
         rows = self._kept.get(user_ids)
         stale = {user_id: LATE for user_id, row in zip(user_ids, rows, strict=True) if row is not None}
-        using = self.fold
-        return self._scattered(placed(rows, using), using, stale, LATE)
+        batch = DenseBatch(len(rows), self.fold, self.device)
+        batch.fill(0, rows)
+        return _fetched(batch, stale, LATE)
+
+
+def _fetched(batch: DenseBatch, stale: dict[str, str], absent: str = ABSENT) -> _Fetched:
+    return _Fetched(status_B=batch.place_B["status"], dense=batch.caches(), stale=stale, absent=absent)
 
 
 def _decoded(data: RowBytes | None, using: Fold) -> tuple[Row | None, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,6 +26,8 @@ from feature_repo.redis_settings import RedisSettings
 from models.errors import StoreError, UnavailableError
 
 BACKOFF_BASE_S, BACKOFF_MAX_S = 0.05, 1.0
+# A part costs a twentieth of a millisecond, wherever it is taken.
+ANSWERS_PER_PART = 50
 # What a server says while it fails over or has no quorum; it heals by itself.
 _PASSING = ("MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
 _REMEDIES: tuple[tuple[type[RedisError], str], ...] = (
@@ -70,11 +72,15 @@ class RedisLink:
             raise self._explained(error) from error
         return answers
 
-    def fetch(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def fetch(self, commands: Sequence[tuple[Any, ...]], take: Callable[[int, list[Any]], None]) -> list[Any]:
         """`run` for commands whose answers are taken as they come (GET, MGET, HMGET): redis-py's pipeline costs more
-        Python per command than its row costs the server."""
+        Python per command than its row costs the server.
+
+        `take` gets the answers in parts, each with the number of its first, while the server sends the next. A try
+        that failed is made again from the first.
+        """
         try:
-            return self._retry.call_with_retry(lambda: self._exchange(commands), lambda _: None, _may_pass)
+            return self._retry.call_with_retry(lambda: self._exchange(commands, take), lambda _: None, _may_pass)
         except (RedisError, OSError) as error:
             raise self._explained(error) from error
 
@@ -92,12 +98,17 @@ class RedisLink:
             pipeline.execute_command(*command)
         return pipeline.execute(raise_on_error=False)
 
-    def _exchange(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    def _exchange(self, commands: Sequence[tuple[Any, ...]], take: Callable[[int, list[Any]], None]) -> list[Any]:
         pool = self._client.connection_pool
         connection = pool.get_connection()
         try:
             connection.send_packed_command(connection.pack_commands(commands))
-            return [connection.read_response() for _ in commands]
+            answers: list[Any] = []
+            for first in range(0, len(commands), ANSWERS_PER_PART):
+                part = [connection.read_response() for _ in commands[first : first + ANSWERS_PER_PART]]
+                answers += part
+                take(first, part)
+            return answers
         except BaseException:
             # Answers left unread would be taken for the next commands'.
             connection.disconnect()

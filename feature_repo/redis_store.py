@@ -23,7 +23,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 from zlib import crc32
 
@@ -44,7 +44,7 @@ from feature_repo.redis_scripts import (
 )
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.redis_state import server_state
-from feature_repo.store import Backfill, Progress, RowPut
+from feature_repo.store import Backfill, Progress, RowPut, TakeRows
 from models.errors import InputError, StoreError
 from models.row import RowBytes
 from models.wire import Stamp
@@ -77,14 +77,26 @@ class RedisRows:
     def __reduce__(self):
         return RedisRows, (self.settings,)
 
-    def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
-        opened, found = self._open(), []
+    def get_rows(
+        self, checkpoint_id: str, user_ids: Sequence[str], take: TakeRows | None = None
+    ) -> list[RowBytes | None]:
+        opened = self._open()
+        rows: list[RowBytes | None] = [None] * len(user_ids)
         for start in range(0, len(user_ids), USERS_PER_READ):
             users = user_ids[start : start + USERS_PER_READ]
+
+            def received(first: int, answers: list[Any], start: int = start, users: Sequence[str] = users) -> None:
+                # The last answer of all is not a row but the store's name.
+                pairs = answers[: len(users) - first]
+                # Half a row is no row of ours; its reader will say so.
+                part = [None if f is None else RowBytes(folded=f, recent=r or b"") for f, r in pairs]
+                rows[start + first : start + first + len(part)] = part
+                if take is not None and part:
+                    take(start + first, part)
+
             commands = [("HMGET", row_key(checkpoint_id, user_id), b"f", b"r") for user_id in users]
-            found += opened.ask(commands, opened.link.fetch)
-        # Half a row is no row of ours; its reader will say so.
-        return [None if f is None else RowBytes(folded=f, recent=r or b"") for f, r in found]
+            opened.ask(commands, partial(opened.link.fetch, take=received))
+        return rows
 
     def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
         if not puts:

@@ -24,7 +24,7 @@ from pathlib import Path
 import msgspec
 
 from feature_repo.sqlite_statements import COMMIT_POSITION, IS_FOLLOWED, PUT_FIRST, PUT_NEXT, SCHEMA, SCHEMA_VERSION
-from feature_repo.store import Backfill, Progress, RowPut
+from feature_repo.store import Backfill, Progress, RowPut, TakeRows
 from models.errors import InputError, StoreError, UnavailableError
 from models.files import disk_error
 from models.row import RowBytes
@@ -66,7 +66,9 @@ class SqliteRows:
     def __reduce__(self):
         return SqliteRows, (self.path, self.ttl_s, self._clock)
 
-    def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
+    def get_rows(
+        self, checkpoint_id: str, user_ids: Sequence[str], take: TakeRows | None = None
+    ) -> list[RowBytes | None]:
         found: dict[str, RowBytes] = {}
         expired_ms = self._expired_ms(self._now_ms())
         with self._transaction("BEGIN") as connection:
@@ -78,7 +80,10 @@ class SqliteRows:
                     (checkpoint_id, expired_ms, *chunk),
                 )
                 found.update((user_id, RowBytes(folded=folded, recent=recent)) for user_id, folded, recent in rows)
-        return [found.get(user_id) for user_id in user_ids]
+        rows = [found.get(user_id) for user_id in user_ids]
+        if take is not None:
+            take(0, rows)
+        return rows
 
     def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
         now_ms = self._now_ms()

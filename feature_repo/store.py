@@ -12,7 +12,7 @@ a user's events from the first) only needs the greater stamp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -20,6 +20,8 @@ import msgspec
 from models.errors import StoreError
 from models.row import Row, RowBytes, encode_row
 from models.wire import Stamp, encode_recents
+
+TakeRows = Callable[[int, Sequence[RowBytes | None]], None]
 
 
 class RowPut(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -84,8 +86,14 @@ class RowStore(Protocol):
     between threads, picklable (the copy opens the store anew), usable after a fork.
     """
 
-    def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
-        """The rows in the order of user_ids, in one read; None for absent and expired users."""
+    def get_rows(
+        self, checkpoint_id: str, user_ids: Sequence[str], take: TakeRows | None = None
+    ) -> list[RowBytes | None]:
+        """The rows in the order of user_ids, in one read; None for absent and expired users.
+
+        `take` gets them as well, in parts as they come, each with the place of its first. A part may come again, and
+        only when the call has returned is it sure that they are this store's.
+        """
         ...
 
     def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:

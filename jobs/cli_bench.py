@@ -138,7 +138,7 @@ def read(
 
     Starts its own redis-server on a free port of 127.0.0.1; needs redis-server. A default run takes about two minutes.
 
-    [b]multi_get[/b]: the same bytes as plain strings, by one MGET, unchecked: the floor. [b]reader[/b]: ours, to
+    [b]raw[/b]: the same bytes as plain strings, by one MGET, unchecked: the floor. [b]reader[/b]: ours, to
     tensors, with its deadline. [b]feast[/b]: get_online_features of the same rows, without tensors.
     [b]feast_to_tensors[/b]: the same, and each row decoded and folded by itself.
     [b]feature_per_codeword[/b]: a hash field for each codeword, asked for by name.

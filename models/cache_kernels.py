@@ -158,12 +158,12 @@ def _dense_loop(
     groups, heads, rates = rate_GPR.shape
     codewords, width = mean_BHKRD.shape[2], mean_BHKRD.shape[4]
     mass_X, mean_X, mean_address = mass_BHKR.reshape(-1), mean_BHKRD.reshape(-1), mean_BHKRD.ctypes.data
-    entries = heads * rates
-    mass_E, gross_E = np.zeros(groups * codewords * entries), np.zeros(groups * codewords * entries)
-    total_X = np.zeros(groups * codewords * entries * width)
-    net = np.zeros(groups * codewords, np.int64)
-    touched = np.zeros(groups * codewords, np.bool_)
-    touched_N = np.empty(groups * codewords, np.int64)
+    entries, codes = heads * rates, groups * codewords
+    # A touched code has a slot: sums lie close together, however far apart the codes are.
+    slot_C, entry_C = np.full(codes, -1, np.int32), np.empty(codes, np.int32)
+    code_S, net_S = np.empty(codes, np.int64), np.empty(codes, np.int64)
+    mass_E, gross_E = np.empty(codes * entries), np.empty(codes * entries)
+    total_X = np.empty(codes * entries * width)
     decay_GPR = np.empty((groups, heads, rates))
     value_HD = np.empty((groups * heads, width))
     value_address, value_bytes = value_MHD.ctypes.data, 4 * groups * heads * width
@@ -171,9 +171,9 @@ def _dense_loop(
         place = place_B[b]
         reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
         if place.status != 0:
-            _clear(mass_BHKR, mean_BHKRD, b, 0, groups * codewords, heads)
+            _clear(mass_BHKR, mean_BHKRD, b, 0, codes, heads)
             continue
-        reference_ms, touched_count = place.reference_ms, 0
+        reference_ms, slots = place.reference_ms, 0
         first, last = place.first, place.first + place.events
         for n in range(first, last):
             reference_ms = max(reference_ms, event_N[n].time_ms)
@@ -184,26 +184,18 @@ def _dense_loop(
             for line in range(0, value_bytes, CACHE_LINE_BYTES):
                 prefetch(value_address + item * value_bytes + line)
             for g in range(groups):
-                code = g * codewords + np.int64(code_MG[item, g])
-                if not touched[code]:
-                    touched[code] = True
-                    touched_N[touched_count] = code
-                    touched_count += 1
-                    net[code] = 0
-                    for m in range(entries):
-                        e = np.uint32(code * entries + m)
-                        mass_E[e] = gross_E[e] = 0.0
-                        for d in range(width):
-                            total_X[np.uint32(e * width) + d] = 0.0
+                code = np.uint32(g * codewords + np.int64(code_MG[item, g]))
+                if slot_C[code] < 0:
+                    slot_C[code], code_S[slots] = slots, code
+                    slots += 1
         age_ms = reference_ms - place.reference_ms
         for g in range(groups):
             for p in range(heads):
                 for r in range(rates):
                     decay_GPR[g, p, r] = np.exp(-rate_GPR[g, p, r] * age_ms)
-        codes, nets, masses, means = place.codes, place.nets, place.masses, place.means
         done = n = 0
         while n < place.entries:
-            code = np.int64(load_u16(codes + 2 * n))
+            code = np.int64(load_u16(place.codes + 2 * n))
             g = code // codewords
             # Neighbours of a group lie side by side on both sides, if the group has one head.
             run = 1
@@ -211,36 +203,46 @@ def _dense_loop(
                 heads == 1
                 and n + run < place.entries
                 and code + run < (g + 1) * codewords
-                and load_u16(codes + 2 * (n + run)) == code + run
+                and load_u16(place.codes + 2 * (n + run)) == code + run
             ):
                 run += 1
             _clear(mass_BHKR, mean_BHKRD, b, done, code, heads)
+            entry_C[done:code] = -1
+            for m in range(run):
+                entry_C[np.uint32(code + m)] = n + m
             done = code + run
             for p in range(heads):
                 at, h = (n * heads + p) * rates, g * heads + p
                 to = ((b * groups * heads + h) * codewords + code - g * codewords) * rates
-                copy(mean_address + 4 * width * to, means + 4 * width * at, 4 * width * run * rates)
+                copy(mean_address + 4 * width * to, place.means + 4 * width * at, 4 * width * run * rates)
                 for m in range(run * rates):
-                    mass = load_f32(masses + 4 * (at + m)) * decay_GPR[g, p, m % rates]
+                    mass = load_f32(place.masses + 4 * (at + m)) * decay_GPR[g, p, m % rates]
                     if abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED):
                         mass = 0.0
                         for d in range(width):
                             mean_X[width * (to + m) + d] = 0.0
                     mass_X[to + m] = mass
-            for m in range(n, n + run):
-                moved = code + m - n
-                if touched[moved]:
-                    net[moved] = load_i32(nets + 4 * m)
-                    for p in range(heads):
-                        for r in range(rates):
-                            at = (m * heads + p) * rates + r
-                            mass = load_f32(masses + 4 * at) * decay_GPR[g, p, r]
-                            e = np.uint32((moved * heads + p) * rates + r)
-                            mass_E[e], gross_E[e] = mass, abs(mass)
-                            for d in range(width):
-                                total_X[np.uint32(e * width) + d] = mass * load_f32(means + 4 * (width * at + d))
             n += run
-        _clear(mass_BHKR, mean_BHKRD, b, done, groups * codewords, heads)
+        _clear(mass_BHKR, mean_BHKRD, b, done, codes, heads)
+        entry_C[done:] = -1
+        for s in range(slots):
+            code = code_S[s]
+            n, g = entry_C[code], code // codewords
+            net_S[s] = load_i32(place.nets + 4 * n) if n >= 0 else 0
+            for p in range(heads):
+                for r in range(rates):
+                    e = np.uint32((s * heads + p) * rates + r)
+                    x = np.uint32(e * width)
+                    if n >= 0:
+                        at = (n * heads + p) * rates + r
+                        mass = load_f32(place.masses + 4 * at) * decay_GPR[g, p, r]
+                        mass_E[e], gross_E[e] = mass, abs(mass)
+                        for d in range(width):
+                            total_X[x + d] = mass * load_f32(place.means + 4 * (width * at + d))
+                    else:
+                        mass_E[e] = gross_E[e] = 0.0
+                        for d in range(width):
+                            total_X[x + d] = 0.0
         for n in range(first, last):
             item, action, weight = event_N[n].item, event_N[n].action, event_N[n].weight
             for h in range(groups * heads):
@@ -248,17 +250,17 @@ def _dense_loop(
                     value_HD[h, d] = value_MHD[item, h, d] + action_value_AHD[action, h, d]
             event_age_ms = reference_ms - event_N[n].time_ms
             for g in range(groups):
-                code = g * codewords + np.int64(code_MG[item, g])
-                net[code] += 1 if weight > 0 else -1
-                _add(mass_E, gross_E, total_X, code, weight, event_age_ms, rate_GPR, g, value_HD)
-        for n in range(touched_count):
-            code = touched_N[n]
-            touched[code] = False
-            _settle(mass_E, gross_E, total_X, code, net[code], entries, width)
+                s = np.int64(slot_C[np.uint32(g * codewords + np.int64(code_MG[item, g]))])
+                net_S[s] += 1 if weight > 0 else -1
+                _add(mass_E, gross_E, total_X, s, weight, event_age_ms, rate_GPR, g, value_HD)
+        for s in range(slots):
+            code = code_S[s]
+            slot_C[code] = -1
+            _settle(mass_E, gross_E, total_X, s, net_S[s], entries, width)
             g, k = code // codewords, code % codewords
             for p in range(heads):
                 for r in range(rates):
-                    e = np.uint32((code * heads + p) * rates + r)
+                    e = np.uint32((s * heads + p) * rates + r)
                     to = np.uint32((((b * groups + g) * heads + p) * codewords + k) * rates + r)
                     mass, x, y = mass_E[e], np.uint32(e * width), np.int64(to) * width
                     if abs(np.float32(mass)) >= np.float32(VANISHED):
@@ -272,4 +274,5 @@ def _dense_loop(
         reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
 
 
-dense_kernel = numba.njit(cache=True, nogil=True)(unwrap(_dense_loop))
+# Errors as numpy's: a check of every divisor would keep the compiler from vectors.
+dense_kernel = numba.njit(cache=True, nogil=True, error_model="numpy")(unwrap(_dense_loop))

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Int64
 
 from models.attention import CacheBatch
-from models.cache_kernels import dense_kernel
+from models.cache_kernels import PLACE, dense_kernel
 from models.row import Fold, RowBytes
-from models.row_places import SOUND, RowPlaces, place_rows
+from models.row_places import ABSENT, SOUND, RowPlaces, place_rows
 
 
 class DenseCaches(NamedTuple):
@@ -30,41 +30,66 @@ def placed(rows: Sequence[RowBytes | None], using: Fold) -> RowPlaces:
     return place_rows(rows, using.spec, len(using.table.action_value_AHD))
 
 
-def dense_caches(places: RowPlaces, using: Fold, device: torch.device) -> DenseCaches:
-    """Caches of the sound rows; all other users are absent.
+class DenseBatch:
+    """The tensors of a batch of users, filled part by part as rows come: every part has to come before `caches`.
 
     The one copy that is made on the host is the one into these tensors; they are pinned where the device is a GPU, so
-    that the copy to it goes on by itself.
+    that the copy to it goes on by itself. place_B: each user's place (dtype PLACE), its addresses valid no longer.
     """
-    spec, users = using.spec, len(places.place_B)
-    pinned = device.type == "cuda"
 
-    def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+    def __init__(self, users: int, using: Fold, device: torch.device) -> None:
+        spec, pinned = using.spec, device.type == "cuda"
 
-    mass_BHKR = new(users, spec.heads, spec.codewords, spec.rates, dtype=torch.float32)
-    mean_BHKRD = new(*mass_BHKR.shape, spec.value_width, dtype=torch.float32)
-    reference_ms_B, count_B = new(users, dtype=torch.int64), new(users, dtype=torch.int64)
-    unknown_B = np.zeros(users, np.int64)
-    dense_kernel(
-        places.place_B,
-        places.event_N,
-        using.table.code_MG,
-        using.table.value_MHD,
-        using.table.action_value_AHD,
-        spec.rate_GPR,
-        mass_BHKR.numpy(),
-        mean_BHKRD.numpy(),
-        reference_ms_B.numpy(),
-        count_B.numpy(),
-        unknown_B,
-    )
-    present_B = torch.from_numpy(places.place_B["status"] == SOUND)
-    caches = CacheBatch(
-        mass_BHKR=mass_BHKR.to(device, non_blocking=True),
-        mean_BHKRD=mean_BHKRD.to(device, non_blocking=True),
-        reference_ms_B=reference_ms_B.to(device, non_blocking=True),
-        count_B=count_B.to(device, non_blocking=True),
-        present_B=present_B.to(device),
-    )
-    return DenseCaches(caches, unknown_B)
+        def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+
+        self._using, self._device = using, device
+        self._mass_BHKR = new(users, spec.heads, spec.codewords, spec.rates, dtype=torch.float32)
+        self._mean_BHKRD = new(*self._mass_BHKR.shape, spec.value_width, dtype=torch.float32)
+        self._reference_ms_B, self._count_B = new(users, dtype=torch.int64), new(users, dtype=torch.int64)
+        self._unknown_B = np.zeros(users, np.int64)
+        # The same memory for the kernel: slices of arrays cost a tenth of slices of tensors.
+        tensors = (self._mass_BHKR, self._mean_BHKRD, self._reference_ms_B, self._count_B)
+        self._written = [*(tensor.numpy() for tensor in tensors), self._unknown_B]
+        self.place_B = np.zeros(users, PLACE)
+        self.place_B["status"] = ABSENT
+
+    def fill(self, first: int, rows: Sequence[RowBytes | None]) -> None:
+        """The rows of the users from `first` on."""
+        self.scatter(first, placed(rows, self._using))
+
+    def scatter(self, first: int, places: RowPlaces) -> None:
+        """`fill` with rows that are found already."""
+        users = len(places.place_B)
+        # The kernel writes where it is told to, and would write beyond the tensors.
+        assert 0 <= first <= len(self.place_B) - users, f"{users} rows from {first} on in {len(self.place_B)}"
+        at = slice(first, first + users)
+        table = self._using.table
+        dense_kernel(
+            places.place_B,
+            places.event_N,
+            table.code_MG,
+            table.value_MHD,
+            table.action_value_AHD,
+            self._using.spec.rate_GPR,
+            *(array[at] for array in self._written),
+        )
+        self.place_B[at] = places.place_B
+
+    def caches(self) -> DenseCaches:
+        """The whole batch, on the device."""
+        caches = CacheBatch(
+            mass_BHKR=self._mass_BHKR.to(self._device, non_blocking=True),
+            mean_BHKRD=self._mean_BHKRD.to(self._device, non_blocking=True),
+            reference_ms_B=self._reference_ms_B.to(self._device, non_blocking=True),
+            count_B=self._count_B.to(self._device, non_blocking=True),
+            present_B=torch.from_numpy(self.place_B["status"] == SOUND).to(self._device),
+        )
+        return DenseCaches(caches, self._unknown_B)
+
+
+def dense_caches(places: RowPlaces, using: Fold, device: torch.device) -> DenseCaches:
+    """Caches of the sound rows; all other users are absent."""
+    batch = DenseBatch(len(places.place_B), using, device)
+    batch.scatter(0, places)
+    return batch.caches()

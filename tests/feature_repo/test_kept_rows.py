@@ -31,7 +31,7 @@ def older(checkpoint: Checkpoint, fold: Fold) -> dict[str, RowBytes]:
 def renew(kept: KeptRows, rows: dict[str, RowBytes | None], fold: Fold) -> list[str]:
     """Who has an older row than before."""
     users, data = list(rows), list(rows.values())
-    return [users[b] for b in kept.renew(users, data, placed(data, fold))]
+    return [users[b] for b in kept.renew(users, data, placed(data, fold).place_B)]
 
 
 def test_rows_are_kept_for_a_while_after_the_store_gave_them_last(rows, fold: Fold) -> None:

@@ -244,6 +244,7 @@ def test_the_result_is_that_of_the_bytes_that_feast_serves_for_every_user(feast,
         data = [None if folded is None else RowBytes(folded=folded, recent=recent) for folded, recent in pairs]
         assert data == rows.get_rows(checkpoint.checkpoint_id, user_ids)
         caches, missing, _ = read_plainly(user_ids, data, fold)
-        assert_same(read.caches, caches)
-        assert read.missing == missing == {"nobody": "absent", "line\nbreak": "absent"}
+        for each in (read, asyncio.run(reader.read_async(user_ids))):
+            assert_same(each.caches, caches)
+            assert each.missing == missing == {"nobody": "absent", "line\nbreak": "absent"}
     reader.close()

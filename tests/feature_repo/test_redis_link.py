@@ -6,13 +6,17 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 
 import pytest
 
+from feature_repo.redis_link import ANSWERS_PER_PART
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.redis_store import RedisRows
+from feature_repo.store import RowPut
 from jobs.local_servers import free_port, free_ports
 from models.errors import StoreError, UnavailableError
+from models.row import RowBytes
 from tests.feature_repo.subjects import A, bytes_of, get, stamp, whole
 from tests.redis_server import MEMORY_ONLY, RedisServer, running_redis
 
@@ -164,3 +168,22 @@ def test_tls_is_spoken_and_a_plain_caller_is_refused_and_told_so(tmp_path):
     with pytest.raises(UnavailableError) as caught:
         get(plain, "u")
     assert "rediss" not in str(caught.value)
+
+
+def test_a_read_that_is_cut_off_in_the_middle_gives_every_part_again(server):
+    rows = open_rows(server, retries=3, timeout_s=20)
+    # More than the sockets of both sides hold, so that the cut is seen before the last part.
+    puts = [RowPut(user_id=f"u{n}", stamp=stamp(n), recent=b"%d" % n, folded=b"x" * 500_000) for n in range(100)]
+    rows.put_rows(A, puts)
+    firsts: list[int] = []
+
+    def take(first: int, part: Sequence[RowBytes | None]) -> None:
+        if not firsts:
+            with server.client() as client:
+                client.client_kill_filter(_type="normal", skipme=True)
+        firsts.append(first)
+
+    assert rows.get_rows(A, [put.user_id for put in puts], take) == [bytes_of(put) for put in puts]
+    parts = list(range(0, len(puts), ANSWERS_PER_PART))
+    assert firsts[-len(parts) :] == parts
+    assert len(parts) < len(firsts) < 2 * len(parts)

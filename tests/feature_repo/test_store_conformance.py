@@ -40,6 +40,21 @@ def test_newer_replaces_older_and_never_the_other_way(store, older, newer):
     assert get(store, "u") == bytes_of(whole("u", newer))
 
 
+@pytest.mark.parametrize("count", [0, 1, 50, 60, 1_010])
+def test_rows_come_in_parts_as_well_whatever_their_number(store, count):
+    users = [f"u{n}" for n in range(count)]
+    store.put_rows(A, [whole(user_id, stamp(n)) for n, user_id in enumerate(users[::2])])
+    taken: list[RowBytes | None] = []
+
+    def take(first, part):
+        assert first == len(taken)
+        taken.extend(part)
+
+    rows = store.get_rows(A, users, take)
+    assert [row is not None for row in rows] == [n % 2 == 0 for n in range(count)]
+    assert taken == rows == store.get_rows(A, users)
+
+
 def test_an_equal_stamp_changes_nothing(store):
     first = whole("u", stamp(3))
     store.put_rows(A, [first])

@@ -28,20 +28,21 @@ def test_a_small_run_gives_every_figure(vql, tmp_path: Path) -> None:
     assert said.code == 0, said.err
     assert dict(os.environ) == before
     figures = json.loads(output.read_text())
-    assert figures["batches"].keys() == {str(batch) for batch in BATCHES}
-    for batch in figures["batches"].values():
-        assert batch["sides"].keys() == {FLOOR, READER, FEAST, FEAST_TENSORS, CODEWORDS}
-        for side in batch["sides"].values():
+    assert figures["ratios"].keys() == {str(batch) for batch in BATCHES} == {"1", "10", "100", "500"}
+    for batch, ratios in figures["ratios"].items():
+        sides = figures[batch]
+        assert sides.keys() == {"raw", "reader", "feast", FEAST_TENSORS, CODEWORDS}
+        for side in sides.values():
             assert 0 < side["p50_ms"] <= side["p99_ms"]
-        assert batch["reader_over_multi_get"] > 0
-        assert batch["feast_over_reader"] > 0
+        assert ratios["reader_over_raw"] == pytest.approx(sides[READER]["p50_ms"] / sides[FLOOR]["p50_ms"], abs=0.01)
+        assert ratios["feast_over_reader"] == pytest.approx(sides[FEAST]["p50_ms"] / sides[READER]["p50_ms"], abs=0.01)
     assert figures["rows_compared"] == 30
     assert 0 < figures["rows"]["bytes_p50"] <= figures["rows"]["bytes_p99"]
     assert figures["parts_of_100_users_ms"]["the whole read"] > 0
     assert figures["machine"]["cores"] >= 1
     assert {"redis-server", "hiredis", "feast"} <= figures["versions"].keys()
     assert figures["config"]["sizes"]["codewords"] == 256
-    assert "reader / multi_get" in said.out
+    assert "reader / raw" in said.out
 
 
 def test_the_rows_are_as_long_and_as_full_as_real_ones(tmp_path: Path) -> None:

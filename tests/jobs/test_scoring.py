@@ -10,11 +10,16 @@ import torch
 
 from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
-from feature_repo.reader import Reader
+from feature_repo.reader import Reader, ReadLimits
+from feature_repo.redis_settings import RedisSettings
+from feature_repo.redis_store import row_key
 from jobs.scoring import Asked, Placement, Scorer, load_scorer, placed
 from models.checkpoint import Checkpoint
 from models.errors import InputError
+from models.row import encode_row
+from tests.feature_repo.rows import put_all, small_rows
 from tests.jobs.serving.shop import CANDIDATES, NOW_MS, put_rows, user_ids
+from tests.redis_server import running_redis
 from tests.small_ranker import scoring_checkpoint
 
 
@@ -71,3 +76,32 @@ def test_a_device_that_is_not_there_is_named():
 def test_masses_stay_in_full_precision(reader: Reader):
     caches = reader.read(["u0"]).caches.to(torch.device("cpu"), torch.float16)
     assert (caches.mass_BHKR.dtype, caches.mean_BHKRD.dtype) == (torch.float32, torch.float16)
+
+
+def test_a_flipped_bit_in_one_of_a_hundred_rows_masks_one_user_and_moves_no_other_score(checkpoint, tmp_path):
+    fold, rng = checkpoint.fold(), np.random.default_rng(0)
+    rows = [row for seed in range(20) for row in small_rows(checkpoint, fold, 400, seed).values()][:100]
+    stored = {f"v{n}": row for n, row in enumerate(rows)}
+    asked = [Asked(user_id=user, item_ids=CANDIDATES, now_ms=NOW_MS) for user in stored]
+    hit = 41
+    data = encode_row(stored[f"v{hit}"])
+    place, bit = int(rng.integers(len(data.folded))), 1 << int(rng.integers(8))
+    with running_redis(tmp_path) as server:
+        store = StoreHandle(state=tmp_path, redis=RedisSettings(url=server.url)).open()
+        put_all(store, checkpoint, stored)
+        reader = Reader(store, Opened(checkpoint), ReadLimits(deadline_s=30.0))
+        scorer = load_scorer(checkpoint, fold, reader)
+        sound = scorer.score(asked).users
+        with server.client() as client:
+            key = row_key(checkpoint.checkpoint_id, f"v{hit}")
+            flipped = data.folded[:place] + bytes([data.folded[place] ^ bit]) + data.folded[place + 1 :]
+            client.hset(key, "f", flipped)
+        found = scorer.score(asked).users
+        (nobody,) = scorer.score([Asked(user_id="nobody", item_ids=CANDIDATES, now_ms=NOW_MS)]).users
+        reader.close()
+    assert len(found) == 100
+    assert [n for n, user in enumerate(found) if user.history != "fresh"] == [hit]
+    assert found[hit].history == "damaged"
+    assert found[hit].scores == pytest.approx(nobody.scores, abs=1e-6)
+    assert found[hit].scores != sound[hit].scores
+    assert all(found[n].scores == sound[n].scores for n in range(100) if n != hit)

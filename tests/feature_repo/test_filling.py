@@ -1,0 +1,64 @@
+"""A batch that is filled by a thread, by its caller, or by both, is the one that is made at once."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from feature_repo.filling import Filling
+from models.attention import CacheBatch
+from models.checkpoint import Checkpoint
+from models.dense_caches import DenseBatch, dense_caches, placed
+from models.row import Fold, RowBytes, encode_row
+from tests.feature_repo.rows import small_rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def rows(checkpoint: Checkpoint, fold: Fold) -> list[RowBytes | None]:
+    return [None, *(encode_row(row) for row in small_rows(checkpoint, fold, 400).values()), None]
+
+
+def assert_as_at_once(batch: DenseBatch, rows: list[RowBytes | None], fold: Fold) -> None:
+    expected = dense_caches(placed(rows, fold), fold, CPU).caches
+    for name in CacheBatch.__slots__:
+        assert torch.equal(getattr(batch.caches().caches, name), getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("state", ["free", "busy", "shut down"])
+def test_parts_are_filled_in_whatever_the_thread_is_at(rows, fold: Fold, state: str):
+    batch, free = DenseBatch(len(rows), fold, CPU), threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        if state == "busy":
+            threads.submit(free.wait, 30)
+        if state == "shut down":
+            threads.shutdown()
+        filling = Filling(batch, threads)
+        for first in range(0, len(rows), 2):
+            filling.take(first, rows[first : first + 2])
+        filling.finish()
+        assert_as_at_once(batch, rows, fold)
+        free.set()
+
+
+def test_a_part_that_comes_again_counts_as_it_came_last(rows, fold: Fold):
+    batch = DenseBatch(len(rows), fold, CPU)
+    with ThreadPoolExecutor(2) as threads:
+        filling = Filling(batch, threads)
+        filling.take(0, [rows[1]] * (len(rows) - 1))
+        filling.take(0, rows[:-1])
+        filling.take(len(rows) - 1, rows[-1:])
+        filling.finish()
+    assert_as_at_once(batch, rows, fold)
+
+
+def test_what_goes_wrong_in_a_thread_is_the_callers_to_know(rows, fold: Fold):
+    with ThreadPoolExecutor(1) as threads:
+        filling = Filling(DenseBatch(len(rows), fold, CPU), threads)
+        filling.take(len(rows) - 1, rows)  # beyond the batch
+        with pytest.raises(AssertionError, match="rows from"):
+            filling.finish()
