@@ -7,8 +7,8 @@ from datetime import date
 import pyarrow.parquet as pq
 import pytest
 
-from jobs import completejourney
-from jobs.completejourney import CUT, END, FIELDS, ITEM_COLUMNS, data_file, purchases
+from jobs.datasets import completejourney
+from jobs.datasets.completejourney import CUT, END, FIELDS, ITEM_COLUMNS, data_file, purchases
 from jobs.ingest import read_source
 from models.errors import InputError
 from models.event import EVENT_TIME_MS_MIN, parse
