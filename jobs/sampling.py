@@ -132,7 +132,7 @@ class Rows:
 
 
 def _negatives(rows: Rows, touches: Touches, items: Items, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """What is drawn for each row, for its positives in turn, and which of it is new, known and not of the basket."""
+    """What is drawn for each row, for its positives in turn, and which of it is new and not of the basket."""
     positives, try_T = rows.positives, np.arange(TRIES)
     of = positives.of
     positive_RT = rows.order_P[rows.first_R[:, None] + try_T % rows.size_R[:, None]]
@@ -147,7 +147,7 @@ def _negatives(rows: Rows, touches: Touches, items: Items, seed: int) -> tuple[n
     negative_RT[own] = touches.draw(user_R[own], group_RT[own], start_R[own], drawn_RT[own])
     negative_RT[by_count] = items.popularity.draw(now_R[by_count], group_RT[by_count], drawn_RT[by_count])
     inside_RT = np.isin(rows.basket_R[:, None] * len(items.group_M) + negative_RT, positives.inside)
-    return negative_RT, (negative_RT > 0) & ~inside_RT & ~_again(negative_RT)
+    return negative_RT, ~inside_RT & ~_again(negative_RT)
 
 
 def _again(drawn_RT: np.ndarray) -> np.ndarray:

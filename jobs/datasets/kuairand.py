@@ -8,7 +8,8 @@ Videos have tags with commas between, which become a category (the first) and ta
 
 The part of KuaiRand-Pure has each user's last items before a day, oldest first and at most 50, and the exposures after
 it. Of those items only the order and the last one's time are known: the others are placed a second apart before it.
-Their actions, "prior_watch", "prior_long_view" and "prior_like", are no impressions, and so never candidates.
+Their actions, "prior_watch", "prior_long_view" and "prior_like", are no impressions, and so never candidates. Some
+exposures are there twice, row by row the same; the second goes to the quarantine.
 
 Terms: CC BY-SA 4.0. Gao et al., "KuaiRand: An Unbiased Sequential Recommendation Dataset with Randomly Exposed
 Videos", CIKM 2022, arXiv 2208.08696.

@@ -62,6 +62,7 @@ def test_baskets_are_chosen_within_the_time_with_a_history_and_at_most_so_many_o
     every = found.where(choose(found, events, ExamplePlan(from_ms=100, until_ms=200, per_user=100)))
     assert set(every.now_ms_B.tolist()) == set(range(100, 200, 10))
     assert all(events.user_N[start - 1] == user for start, user in zip(every.start_B, every.user_B, strict=True))
+    assert len(choose(found, events, ExamplePlan(per_user=1000))) == len(found) - len(events.user_ids)
     some = found.where(choose(found, events, ExamplePlan(from_ms=100, until_ms=200, per_user=2)))
     assert np.bincount(some.user_B).tolist() == [2] * 6
     assert set(some.start_B.tolist()) < set(every.start_B.tolist())

@@ -28,7 +28,8 @@ def commits(seed: int = 0, users: int = 8, most: int = 6) -> Events:
     rng = np.random.default_rng(seed)
     rows = []
     for user in range(users):
-        favourites = rng.integers(1, ITEMS + 1, 12)
+        # Item 0 is the unknown one, and comes often.
+        favourites = np.r_[0, rng.integers(1, ITEMS + 1, 12)]
         for commit in range(int(rng.integers(8, 40))):
             repository = int(rng.integers(2)) + user % 2
             pool = favourites if rng.random() < 0.6 else np.arange(ITEMS + 1)
@@ -152,6 +153,25 @@ def test_a_seed_gives_the_same_impressions_whoever_else_is_there(protocol: str) 
         assert np.array_equal(one.candidate_C, other.candidate_C)
     assert candidates(made(events, protocol=protocol)) == candidates(made(events, protocol=protocol))
     assert candidates(made(events, protocol=protocol)) != candidates(made(events, protocol=protocol, seed=1))
+
+
+@pytest.mark.parametrize("protocol", ["raw", "fair"])
+def test_two_users_who_did_the_same_are_drawn_for_apart(protocol: str) -> None:
+    events = commits(users=1)
+    count = len(events.item_N)
+    twins = Events(
+        user_ids=["u0", "twin"],
+        user_N=np.repeat([0, 1], count),
+        **{n: np.tile(getattr(events, n), 2) for n in ("item_N", "action_N", "time_ms_N", "weight_N")},
+    )
+    negatives: dict[str, dict[int, list[int]]] = {"u0": {}, "twin": {}}
+    plan = msgspec.structs.replace(PLAN, protocol=protocol)
+    for impression in to_impressions(twins, draw(twins, items_of(twins), plan, [])):
+        negatives[impression.user_id][impression.now_ms] = impression.candidate_C[impression.label_C == 0].tolist()
+    both = negatives["u0"].keys() & negatives["twin"].keys()
+    same = [negatives["u0"][now_ms] == negatives["twin"][now_ms] for now_ms in both]
+    assert len(same) > 5
+    assert sum(same) < len(same) / 2
 
 
 def candidates(impressions: list[Impression]) -> list[list[int]]:

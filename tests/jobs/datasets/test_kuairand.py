@@ -108,7 +108,8 @@ def test_the_real_part_of_kuairand_pure_has_exactly_its_clicks(spark, tmp_path: 
     log = DeltaTable(tmp_path / "log" / "events").to_pyarrow_table()
     shown = np.array([not action.startswith("prior") for action in log["action"].to_pylist()])
     clicked = np.isin(log["action"].to_pylist(), DATASETS["kuairand_pure"].clicked)
-    assert done.events.quarantined + shown.sum() == tail.num_rows
-    assert done.events.quarantined < 0.01 * tail.num_rows
-    facts = zip(*(tail[c].to_pylist() for c in ("user_id", "item_id", "ts", "is_click")), strict=True)
-    assert sum(clicked) == len({fact for fact in facts if fact[3]})
+    facts = set(zip(*(tail[c].to_pylist() for c in ("user_id", "item_id", "ts", "is_click")), strict=True))
+    # A few rows in a hundred are there twice.
+    assert shown.sum() == len({fact[:3] for fact in facts}) > 3000
+    assert done.events.quarantined == tail.num_rows - shown.sum()
+    assert clicked.sum() == sum(fact[3] for fact in facts)
