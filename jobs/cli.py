@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.cli_bench import app as bench
+from jobs.cli_data import app as data
 from jobs.cli_dead_letters import app as dead_letters
 from jobs.cli_doctor import doctor
 from jobs.cli_options import CheckpointPath, Log, MaxFuture, State, choice, offsets, pairs
@@ -35,12 +36,13 @@ app = typer.Typer(
     help="A streaming per-codeword cache that gives rankers attention over a user's whole history.\n\n"
     "The way of an event: [b]ingest[/b] (files to the log), [b]train[/b] (log to checkpoint), [b]encode-items[/b], "
     "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]serve[/b] (scores over HTTP). "
-    "[b]rank[/b] shows one user; [b]demo[/b] goes all of it. "
+    "[b]rank[/b] shows one user; [b]demo[/b] goes all of it; [b]data[/b] makes logs of public data sets. "
     "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store; [b]bench[/b] "
     "measures, [b]size[/b] tells the memory of a store.",
 )
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(bench, name="bench")
+app.add_typer(data, name="data")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -162,7 +164,7 @@ def train(
     master: Master = LOCAL,
 ) -> None:
     """Train a model on the log and write a checkpoint. After a kill, the same command continues."""
-    from jobs.examples import ExamplePlan
+    from jobs.baskets import ExamplePlan
     from jobs.spark import open_spark
     from jobs.train import TrainJob, check_job, parse_half_lives, run_training
     from models.checkpoint import Sizes

@@ -26,10 +26,11 @@ from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from feature_repo.repo import open_repo, register
 from jobs.backfill import backfill
-from jobs.completejourney import CUT, END, FIELDS, ITEM_COLUMNS, data_file, purchases
+from jobs.baskets import ExamplePlan
+from jobs.datasets.completejourney import CUT, END, FIELDS, ITEM_COLUMNS, data_file, purchases
 from jobs.encode_items import encode_items
 from jobs.evaluate import Scores, score_cached, score_raw
-from jobs.examples import ExamplePlan, Vocabulary, write_examples
+from jobs.examples import Vocabulary, write_examples
 from jobs.ingest import ingest, ingest_items
 from jobs.parity import compare_rows, in_chunks, raw_users
 from jobs.rank import Ranked, rank_user

@@ -1,8 +1,6 @@
-"""Point-in-time examples from the log: what had happened before each basket, and what was bought in it.
+"""Point-in-time examples from the log: what had happened before each impression, and what was asked in it.
 
-Users' events up to a log version become timelines (models.timelines). An impression is a basket (a user's events
-of one event time): the positives are some of its items, the negatives are drawn by the items' popularity in the
-period of the basket, and the history is the events strictly before it, so nothing of the basket is seen.
+Users' events up to a log version become timelines (models.timelines) with impressions on them (jobs.protocols).
 "Before" is by event time: an event that arrived late counts as known when it happened. An event that was retracted
 counts as never having happened. Draws depend on (seed, user, basket) alone, and files on the user: the same log and
 seed give the same examples in the same order on any cluster.
@@ -16,15 +14,18 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from zlib import crc32
 
-import msgspec
 import numpy as np
 import pyarrow as pa
+from pyspark import Broadcast
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from jobs.baskets import Events, ExamplePlan
+from jobs.popularity import Popularity, count_popularity
+from jobs.protocols import check_plan, draw
+from jobs.sampling import Items
 from models.errors import InputError
 from models.files import locked, replace_file
 from models.timelines import FEATURES, SCHEMA
@@ -34,19 +35,6 @@ UNKNOWN_VALUE = ""
 USERS_PER_FILE = 5_000
 
 
-class ExamplePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What decides the examples. Impressions lie in [from_ms, until_ms); a user has at most per_user of them."""
-
-    from_ms: int = 0
-    until_ms: int = 2**62
-    per_user: int = 16
-    positives: int = 4
-    negatives: int = 16
-    period_ms: int = 28 * 86_400_000
-    files: int = 8
-    seed: int = 0
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocabulary:
     """The items a model knows: values of each field in embedding order, and the feature rows (M x F, row 0 unknown)."""
@@ -54,22 +42,13 @@ class Vocabulary:
     fields: dict[str, list[str]]
     feature_MF: np.ndarray
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Popularity:
-    """Cumulative item counts by period, for drawing negatives; a period without events falls back to all."""
-
-    item_by_period: dict[int, np.ndarray]
-    cumulative_by_period: dict[int, np.ndarray]
-    period_ms: int
-
-    def draw(self, rng: np.random.Generator, now_ms: int, count: int, exclude: np.ndarray) -> np.ndarray:
-        """`count` items by popularity, none of `exclude`; fewer when the period has no others."""
-        period = now_ms // self.period_ms
-        period = period if period in self.item_by_period else -1
-        items, cumulative = self.item_by_period[period], self.cumulative_by_period[period]
-        drawn = items[np.searchsorted(cumulative, rng.random(3 * count + 8) * cumulative[-1], side="right")]
-        return drawn[~np.isin(drawn, exclude)][:count]
+    def groups(self, field: str | None) -> np.ndarray:
+        """The group of each item: its value of the field, or one group of all. Raises InputError for no such field."""
+        if field is None:
+            return np.zeros(len(self.feature_MF), np.int64)
+        if field not in self.fields:
+            raise InputError(f"negatives within {field!r}: no such item field is used, only {list(self.fields)}")
+        return self.feature_MF[:, list(self.fields).index(field)]
 
 
 def build_vocabulary(events: DataFrame, static: DataFrame | None, fields: list[str]) -> Vocabulary:
@@ -101,6 +80,7 @@ def write_examples(
     spark: SparkSession, events: DataFrame, vocabulary: Vocabulary, actions: list[str], plan: ExamplePlan, out: Path
 ) -> None:
     """Timelines of all users to `out` (Parquet and features.npy), whole or absent; an existing folder is kept."""
+    check_plan(plan)
     with locked(out.with_name(f"{out.name}.lock")):
         if not (out / FEATURES).exists():
             _write_examples(spark, events, vocabulary, actions, plan, out)
@@ -119,8 +99,9 @@ def _write_examples(
         F.col("weight").cast("float").alias("weight"),
         "offset",
     )
-    popularity = spark.sparkContext.broadcast(_popularity(indexed, plan))
-    grouped = indexed.groupBy("user_id").applyInArrow(_timeline_builder(plan, popularity), from_arrow_schema(SCHEMA))
+    group_M = vocabulary.groups(plan.within)
+    known = spark.sparkContext.broadcast(Items(popularity=_popularity(indexed, group_M, plan), group_M=group_M))
+    grouped = indexed.groupBy("user_id").applyInArrow(_builder(plan, known, actions), from_arrow_schema(SCHEMA))
     placed = grouped.repartition(plan.files, "user_id").sortWithinPartitions("user_id")
     placed.write.option("maxRecordsPerFile", USERS_PER_FILE).parquet(str(out))
     # Written last: its presence says that the folder is whole.
@@ -134,64 +115,78 @@ def _index_of(actions: list[str]) -> F.Column:
     return F.create_map(*pairs)[F.col("action")]
 
 
-def _popularity(indexed: DataFrame, plan: ExamplePlan) -> Popularity:
-    """Item counts by period and over all (period -1); grows with items, not users."""
+def _popularity(indexed: DataFrame, group_M: np.ndarray, plan: ExamplePlan) -> Popularity:
+    """The counts come to the driver: they grow with items and periods, not with users."""
     known = indexed.where("item > 0").withColumn("period", F.expr(f"time_ms div {plan.period_ms}"))
-    counts = known.groupBy("period", "item").count().orderBy("period", "item").toArrow()
+    counts = known.groupBy("period", "item").count().toArrow()
     period, item, count = (counts[c].to_numpy() for c in ("period", "item", "count"))
-    everything = np.bincount(item, weights=count) if len(item) else np.ones(1)
-    by_item = {-1: np.flatnonzero(everything)}
-    by_count = {-1: np.cumsum(everything[by_item[-1]])}
-    for p in np.unique(period):
-        by_item[int(p)], by_count[int(p)] = item[period == p], np.cumsum(count[period == p])
-    return Popularity(item_by_period=by_item, cumulative_by_period=by_count, period_ms=plan.period_ms)
+    return count_popularity(period, item, count, group_M, plan.period_ms)
 
 
-def _timeline_builder(plan: ExamplePlan, popularity) -> Callable[[pa.Table], pa.Table]:
+def _builder(plan: ExamplePlan, known: Broadcast[Items], actions: list[str]) -> Callable[[pa.Table], pa.Table]:
     def build(user: pa.Table) -> pa.Table:
-        return timeline(user, plan, popularity.value)
+        return timelines(user, known.value, plan, actions)
 
     return build
 
 
-def timeline(user: pa.Table, plan: ExamplePlan, popularity: Popularity) -> pa.Table:
-    """One user's events to one timeline row; a user without impressions gives no row."""
-    user = without_retracted(user.sort_by([("time_ms", "ascending"), ("offset", "ascending")]))
-    if user.num_rows == 0:
-        return SCHEMA.empty_table()
-    user_id = user["user_id"][0].as_py()
-    time_ms, item = user["time_ms"].to_numpy(), user["item"].to_numpy()
-    # Unknown items make no positives.
-    wanted = item > 0
-    starts = np.flatnonzero(np.r_[True, np.diff(time_ms) > 0])
-    ends = np.r_[starts[1:], len(time_ms)]
-    rows: dict[str, list] = {"now_ms": [], "end": [], "candidate": [], "label": []}
-    for b in _chosen(user_id, time_ms[starts], plan):
-        basket = slice(starts[b], ends[b])
-        bought = np.unique(item[basket][wanted[basket]])
-        rng = np.random.default_rng([plan.seed, crc32(user_id.encode()), int(time_ms[starts[b]])])
-        positive = rng.permutation(bought)[: plan.positives]
-        negative = popularity.draw(rng, int(time_ms[starts[b]]), plan.negatives, np.r_[bought, 0])
-        if starts[b] == 0 or len(positive) == 0 or len(negative) == 0:
-            continue
-        rows["now_ms"].append(int(time_ms[starts[b]]))
-        rows["end"].append(int(starts[b]))
-        rows["candidate"].append(np.r_[positive, negative].tolist())
-        rows["label"].append([1] * len(positive) + [0] * len(negative))
-    if not rows["end"]:
-        return SCHEMA.empty_table()
-    columns = {name: [user[name].to_pylist()] for name in ("item", "action", "time_ms", "weight")}
-    columns |= {name: [cells] for name, cells in rows.items()}
-    return pa.table({"user_id": [user_id], **columns}, schema=SCHEMA)
+def timelines(rows: pa.Table, items: Items, plan: ExamplePlan, actions: list[str]) -> pa.Table:
+    """Users' events (user_id, item, action, time_ms, weight, offset) to a row for each user that has impressions."""
+    events = sorted_events(rows)
+    drawn = draw(events, items, plan, actions)
+    users, first_K = np.unique(drawn.user_I, return_index=True)
+    bound_K = np.r_[first_K, len(drawn.user_I)]
+    kept_N = np.isin(events.user_N, users)
+    size_K = np.bincount(events.user_N, minlength=len(events.user_ids))[users]
+    start_I = np.searchsorted(events.user_N, drawn.user_I)
+    of_event = {
+        "item": events.item_N,
+        "action": events.action_N,
+        "time_ms": events.time_ms_N,
+        "weight": events.weight_N,
+    }
+    of_impression = {
+        "now_ms": drawn.now_ms_I,
+        "end": drawn.history_I - start_I,
+        "candidate": _lists(drawn.bound_I, drawn.candidate_C),
+        "label": _lists(drawn.bound_I, drawn.label_C),
+    }
+    columns = {"user_id": pa.array([events.user_ids[user] for user in users], pa.string())}
+    columns |= {name: _lists(np.r_[0, np.cumsum(size_K)], values[kept_N]) for name, values in of_event.items()}
+    columns |= {name: _lists(bound_K, values) for name, values in of_impression.items()}
+    return pa.table(columns).cast(SCHEMA)
 
 
-def without_retracted(user: pa.Table) -> pa.Table:
+def _lists(bound: np.ndarray, values: np.ndarray | pa.Array) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(bound, pa.int32()), values)
+
+
+def sorted_events(rows: pa.Table) -> Events:
+    """Events by user, then time, then offset, without what was retracted."""
+    rows = rows.sort_by([("user_id", "ascending"), ("time_ms", "ascending"), ("offset", "ascending")])
+    rows = without_retracted(rows)
+    user = rows["user_id"].combine_chunks().dictionary_encode()
+    return Events(
+        user_ids=user.dictionary.to_pylist(),
+        user_N=user.indices.to_numpy().astype(np.int64),
+        item_N=rows["item"].to_numpy(),
+        action_N=rows["action"].to_numpy(),
+        time_ms_N=rows["time_ms"].to_numpy(),
+        weight_N=rows["weight"].to_numpy(),
+    )
+
+
+def without_retracted(rows: pa.Table) -> pa.Table:
     """The events less retractions, and less the event that each of them takes back."""
-    weight = user["weight"].to_numpy()
+    weight = rows["weight"].to_numpy()
     if (weight > 0).all():
-        return user
+        return rows
     facts = list(
-        zip(*(user[c].to_pylist() for c in ("item", "action", "time_ms")), np.abs(weight).tolist(), strict=True)
+        zip(
+            *(rows[c].to_pylist() for c in ("user_id", "item", "action", "time_ms")),
+            np.abs(weight).tolist(),
+            strict=True,
+        )
     )
     taken_back = Counter(fact for fact, w in zip(facts, weight, strict=True) if w < 0)
     kept = []
@@ -200,11 +195,4 @@ def without_retracted(user: pa.Table) -> pa.Table:
         if w > 0 and gone:
             taken_back[fact] -= 1
         kept.append(not gone)
-    return user.filter(pa.array(kept))
-
-
-def _chosen(user_id: str, basket_ms: np.ndarray, plan: ExamplePlan) -> list[int]:
-    """Which baskets become impressions: a seeded draw."""
-    inside = np.flatnonzero((basket_ms >= plan.from_ms) & (basket_ms < plan.until_ms))
-    rng = np.random.default_rng([plan.seed, crc32(user_id.encode())])
-    return sorted(rng.permutation(inside)[: plan.per_user].tolist())
+    return rows.filter(pa.array(kept))

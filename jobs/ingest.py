@@ -12,7 +12,7 @@ events in one commit, so a kill between the two loses nothing and repeats nothin
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,13 +47,15 @@ INGEST_APP = "vql-ingest"
 class EventSource:
     """Files and, for each event field, the SQL expression over their columns that gives it.
 
-    A field that is not declared is read from the column of its own name. `where` keeps some rows only.
+    A field that is not declared is read from the column of its own name. `where` keeps some rows only. `rows` reads
+    what is not simply the rows of one file; `path` then only says where they are from.
     """
 
     path: Path
     format: str
     columns: Mapping[str, str]
     where: str = "true"
+    rows: Callable[[SparkSession], DataFrame] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +98,8 @@ def read_source(spark: SparkSession, source: EventSource) -> DataFrame:
     unknown = set(source.columns) - set(EVENT_FIELDS)
     if unknown:
         raise InputError(f"{sorted(unknown)} are no event fields; declare some of {list(EVENT_FIELDS)}")
-    raw = _where(read_files(spark, source.path, source.format), source.where)
+    raw = source.rows(spark) if source.rows is not None else read_files(spark, source.path, source.format)
+    raw = _where(raw, source.where)
     expressions = {f: source.columns.get(f, f if f in raw.columns else None) for f in EVENT_FIELDS}
     expressions["weight"] = expressions["weight"] or "1.0"
     missing = [f for f, e in expressions.items() if e is None]
@@ -114,23 +117,27 @@ def read_source(spark: SparkSession, source: EventSource) -> DataFrame:
     try:
         return raw.select(F.to_json(event).alias("value"), F.to_json(F.struct("*")).alias("source"))
     except SPARK_ERRORS as error:
-        raise InputError(f"a column expression cannot be used: {said_by(error)}") from error
+        raise InputError(f"{source.path}: a column expression cannot be used: {said_by(error)}") from error
 
 
 @errors_of_workers()
 def ingest_items(spark: SparkSession, path: Path, format_: str, columns: Mapping[str, str], log: Path) -> int:
-    """Replace log/items by the declared columns, `item_id` and any static fields, all as text; how many items.
+    """Replace log/items by the declared columns of files, `item_id` and any static fields, all as text; how many items.
 
     Raises InputError for a missing file or column, for no rows, and for an item without an id or with two rows.
     """
-    raw = read_files(spark, path, format_)
+    return replace_items(spark, read_files(spark, path, format_), columns, path, log)
+
+
+def replace_items(spark: SparkSession, raw: DataFrame, columns: Mapping[str, str], path: Path, log: Path) -> int:
+    """As ingest_items, of rows that were read from `path`."""
     if "item_id" not in columns and "item_id" not in raw.columns:
         raise InputError(f"{path} has no column item_id; declare one with --column item_id=EXPRESSION")
     expressions = {"item_id": "item_id", **columns}
     try:
         items = raw.select(*(F.expr(f"CAST(({e}) AS STRING)").alias(name) for name, e in expressions.items()))
     except SPARK_ERRORS as error:
-        raise InputError(f"a column expression cannot be used: {said_by(error)}") from error
+        raise InputError(f"{path}: a column expression cannot be used: {said_by(error)}") from error
     rows_of = items.groupBy("item_id").count()
     odd = F.when((F.col("count") > 1) | (F.coalesce("item_id", F.lit("")) == ""), F.struct("item_id", "count"))
     found = _only_row(rows_of.agg(F.count("*").alias("items"), F.max(odd).alias("odd")), path)
@@ -166,7 +173,8 @@ def read_files(spark: SparkSession, path: Path, format_: str) -> DataFrame:
         raise InputError(f"{path} does not exist; give --input an existing file or folder")
     try:
         if format_ == "csv":
-            return spark.read.option("header", True).option("mode", "PERMISSIVE").csv(str(path))
+            # A quote within quotes is doubled (RFC 4180); Spark's own default is a backslash before it.
+            return spark.read.options(header=True, mode="PERMISSIVE", escape='"').csv(str(path))
         if format_ == "parquet":
             return spark.read.parquet(str(path))
     except SPARK_ERRORS as error:

@@ -14,8 +14,9 @@ import msgspec
 import numpy as np
 from pyspark.sql import SparkSession
 
+from jobs.baskets import ExamplePlan
 from jobs.event_log import LogFacts, log_facts, read_events
-from jobs.examples import ExamplePlan, Vocabulary, build_vocabulary, write_examples
+from jobs.examples import Vocabulary, build_vocabulary, write_examples
 from jobs.spark import errors_of_workers, read_delta, table_version
 from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, Sizes, open_checkpoint, write_checkpoint
 from models.errors import CheckpointError, InputError

@@ -1,14 +1,12 @@
 """A real log: who changed which file of seventeen repositories, and its records on a Kafka topic.
 
 An event's time is the author's, its record's time is the committer's, in whose order the records lie: months may be
-between the two, which is real lateness, and clocks that ran ahead make real dead letters. The data is not the
-project's: it is looked for in the folder VQL_SHARED_DATA, else in shared/data in or beside the repository, and a test
-that wants it is skipped where it is not there.
+between the two, which is real lateness, and clocks that ran ahead make real dead letters. Ids, actions and weights
+are those of `vql data prepare gitlog`. A test that wants the data is skipped where it is not (tests.shared_data).
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
@@ -16,19 +14,18 @@ from zlib import crc32
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 from confluent_kafka import Producer
 
 from jobs.bench_load import produce_in_turn
+from jobs.datasets.gitlog import ACTIONS, EVENTS_FILE, ITEMS_FILE
 from models.checkpoint import ACTION_VALUES, OTHER_ACTION, Checkpoint, Manifest, Sizes, write_checkpoint
 from tests.kafka_broker import START_WAIT_S, Broker
+from tests.shared_data import shared_file
 from tests.small import HOUR_MS, write_items
 
-REPOSITORY = Path(__file__).parents[2]
 EVENTS = 1_000_000
 PARTITIONS = 3
-# The third is one that the checkpoint does not know.
-ACTIONS = np.array(["added", "modified", "deleted", "renamed"])
+# The one that renames is one that the checkpoint does not know.
 KNOWN_ACTIONS = [OTHER_ACTION, "added", "deleted", "modified"]
 # An item of fifty is not in the table.
 UNKNOWN_EVERY = 50
@@ -75,19 +72,9 @@ class GitLog:
         return [f"c{commit}-{item}" for commit, item in zip(self.commit_N.tolist(), self.item_N.tolist(), strict=True)]
 
 
-def data_file(name: str) -> Path:
-    """Skips the test where the data is not there."""
-    told = os.environ.get("VQL_SHARED_DATA")
-    folders = [Path(told)] if told else [REPOSITORY / "shared" / "data", REPOSITORY.parent / "shared" / "data"]
-    for folder in folders:
-        if (folder / name).is_file():
-            return folder / name
-    pytest.skip(f"{name} is not in {' or '.join(map(str, folders))}: the fault tests are over its real events")
-
-
 def read_gitlog(count: int = EVENTS) -> GitLog:
     """The first `count` records to arrive. Skips the test where the data is not there."""
-    table = pq.read_table(data_file("gitlog_events.parquet"))
+    table = pq.read_table(shared_file(EVENTS_FILE))
     order_N = np.argsort(table["arrival_ts"].to_numpy(), kind="stable")[:count]
     column = {name: table[name].to_numpy()[order_N] for name in table.column_names}
     user_N = column["user_id"].astype(np.int64)
@@ -101,7 +88,7 @@ def read_gitlog(count: int = EVENTS) -> GitLog:
         user_N=user_N,
         item_N=column["item_id"].astype(np.int64),
         commit_N=column["commit_id"].astype(np.int64),
-        action_N=ACTIONS[column["action"]],
+        action_N=np.array(ACTIONS)[column["action"]],
         time_ms_N=column["ts"].astype(np.int64),
         log_time_ms_N=column["arrival_ts"].astype(np.int64),
         # A commit that touches many files says less about each.
@@ -153,7 +140,7 @@ def untrained_checkpoint(path: Path) -> Checkpoint:
         {ACTION_VALUES: rng.normal(size=(len(KNOWN_ACTIONS), sizes.heads, sizes.value_width)).astype(np.float32)},
         {"item_id": []},
     )
-    items: pa.ChunkedArray = pq.read_table(data_file("gitlog_items.parquet"), columns=["item_id"])["item_id"]
+    items: pa.ChunkedArray = pq.read_table(shared_file(ITEMS_FILE), columns=["item_id"])["item_id"]
     known = [f"i{item}" for item in items.to_pylist() if item % UNKNOWN_EVERY]
     write_items(checkpoint, ["", *known], "items-00000.parquet")
     return checkpoint

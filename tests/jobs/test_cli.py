@@ -30,6 +30,7 @@ COMMANDS = {
     "backfill": ["--checkpoint", "--log", "--state", "--cut", "stream"],
     "stream": ["--checkpoint", "--log", "--state", "--until", "--from", "--partitions", "--runner", "--dead-letters-t"],
     "dead-letters": ["list", "show", "replay", "Reasons"],
+    "data": ["list", "prepare", "Public data sets"],
     "doctor": ["--state", "--checkpoint", "exit code", "Example"],
     "rank": ["--candidates", "--checkpoint", "--state", "--now-ms", "The user id"],
     "setup": ["Java", "jars"],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -11,18 +9,23 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from jobs.examples import ExamplePlan, Popularity, Vocabulary, build_vocabulary, timeline, write_examples
+from jobs.baskets import ExamplePlan
+from jobs.examples import Vocabulary, build_vocabulary, timelines, write_examples
+from jobs.popularity import count_popularity
+from jobs.sampling import Items
 from jobs.spark import read_delta
 from models.errors import InputError
 from models.timelines import FEATURES, SCHEMA, impressions_of, timeline_files
 from tests.jobs.tiny import CATEGORIES, ITEMS, Shop
 
 PERIOD_MS = 1000
-# Items 1 to 40, item n counted n times in period 1; in period 2 only items 1 and 2.
-POPULARITY = Popularity(
-    item_by_period={-1: np.arange(1, 41), 1: np.arange(1, 41), 2: np.array([1, 2])},
-    cumulative_by_period={-1: np.arange(1.0, 41.0), 1: np.cumsum(np.arange(1.0, 41.0)), 2: np.array([1.0, 2.0])},
-    period_ms=PERIOD_MS,
+# Items 1 to 40, item n counted n times in period 1; in period 2 only items 1 and 2. All are of one group.
+ONE_GROUP = np.zeros(41, np.int64)
+SHOP = Items(
+    popularity=count_popularity(
+        np.repeat([1, 2], [40, 2]), np.r_[1:41, 1:3], np.r_[1:41, 1, 1], group_M=ONE_GROUP, period_ms=PERIOD_MS
+    ),
+    group_M=ONE_GROUP,
 )
 PLAN = ExamplePlan(per_user=100, positives=4, negatives=6, period_ms=PERIOD_MS)
 
@@ -48,8 +51,12 @@ def shopper(baskets: int = 30, per_basket: int = 3, seed: int = 0, user_id: str 
     return user(*(events[i] for i in rng.permutation(len(events))), user_id=user_id)
 
 
-def made(table: pa.Table, plan: ExamplePlan = PLAN, popularity: Popularity = POPULARITY) -> dict:
-    (row,) = timeline(table, plan, popularity).to_pylist()
+def rows(table: pa.Table, plan: ExamplePlan = PLAN) -> pa.Table:
+    return timelines(table, SHOP, plan, ["other"])
+
+
+def made(table: pa.Table, plan: ExamplePlan = PLAN) -> dict:
+    (row,) = rows(table, plan).to_pylist()
     return row
 
 
@@ -78,13 +85,13 @@ def test_positives_are_of_the_basket_and_negatives_never() -> None:
         negatives = [c for c, y in zip(candidate, label, strict=True) if not y]
         assert set(positives) <= baskets[now_ms]
         assert len(set(positives)) == len(positives) == min(PLAN.positives, len(baskets[now_ms]))
-        assert len(negatives) == PLAN.negatives
+        assert len(negatives) == len(set(negatives)) == PLAN.negatives
         assert not set(negatives) & baskets[now_ms]
         assert 0 not in candidate
 
 
 def test_the_first_basket_has_no_history_and_makes_no_example() -> None:
-    assert timeline(user((1000, 1, 1.0), (1000, 2, 1.0)), PLAN, POPULARITY).num_rows == 0
+    assert rows(user((1000, 1, 1.0), (1000, 2, 1.0))).num_rows == 0
     assert made(user((1000, 1, 1.0), (1010, 2, 1.0)))["now_ms"] == [1010]
 
 
@@ -124,43 +131,38 @@ def test_examples_lie_in_the_period_asked_for_and_still_see_what_was_before() ->
     row = made(shopper(), msgspec.structs.replace(PLAN, from_ms=1100, until_ms=1200))
     assert row["now_ms"] == list(range(1100, 1200, 10))
     assert row["end"][0] == 30
-    assert timeline(shopper(), msgspec.structs.replace(PLAN, from_ms=5000), POPULARITY).num_rows == 0
+    assert rows(shopper(), msgspec.structs.replace(PLAN, from_ms=5000)).num_rows == 0
 
 
 def test_a_basket_of_the_only_items_of_its_period_makes_no_example() -> None:
     table = user((1000, 9, 1.0), (2000, 1, 1.0), (2000, 2, 1.0))
-    assert timeline(table, PLAN, POPULARITY).num_rows == 0
-    assert made(user((1000, 9, 1.0), (2000, 1, 1.0)))["candidate"][0][1:] == [2] * PLAN.negatives
+    assert rows(table).num_rows == 0
+    assert made(user((1000, 9, 1.0), (2000, 1, 1.0)))["candidate"][0][1:] == [2]
 
 
 def test_a_timeline_has_the_schema_of_the_files() -> None:
-    assert timeline(shopper(), PLAN, POPULARITY).schema == SCHEMA
+    assert rows(shopper()).schema == SCHEMA
 
 
-def popularity_error(popularity: Popularity, exclude: np.ndarray) -> float:
-    """The largest difference between shares drawn and shares that item n of weight n should have."""
-    rng = np.random.default_rng(0)
-    drawn = np.concatenate([popularity.draw(rng, 1500, 50, exclude) for _ in range(2000)])
-    wanted = np.arange(41.0)
-    wanted[exclude] = 0
-    assert not np.isin(drawn, exclude).any()
-    return float(np.abs(np.bincount(drawn, minlength=41) / len(drawn) - wanted / wanted.sum()).max())
+def test_users_together_are_the_users_alone() -> None:
+    tables = [shopper(seed=n, user_id=f"u{n}") for n in range(5)] + [user((1000, 1, 1.0), user_id="one basket")]
+    together = rows(pa.concat_tables(reversed(tables)))
+    assert together.to_pylist() == [row for table in tables for row in rows(table).to_pylist()]
+    assert together.num_rows == 5
 
 
-def test_items_are_drawn_by_their_count_in_the_period() -> None:
-    assert popularity_error(POPULARITY, np.array([0])) < 0.003
-    assert popularity_error(POPULARITY, np.array([0, 40, 39, 3])) < 0.003
+def test_a_user_of_whom_everything_was_retracted_has_no_timeline() -> None:
+    assert rows(user((1000, 1, 1.0), (1000, 1, -1.0))).num_rows == 0
 
 
-def test_the_test_of_the_distribution_can_fail() -> None:
-    flat = {period: np.arange(1.0, len(items) + 1) for period, items in POPULARITY.item_by_period.items()}
-    assert popularity_error(replace(POPULARITY, cumulative_by_period=flat), np.array([0])) > 0.01
-
-
-def test_a_period_without_events_draws_from_all() -> None:
-    drawn = POPULARITY.draw(np.random.default_rng(0), 99_500, 400, np.array([0]))
-    assert len(drawn) == 400
-    assert Counter(drawn.tolist()).keys() == set(range(1, 41))
+def test_negatives_are_within_a_field_that_is_used() -> None:
+    vocabulary = Vocabulary(
+        fields={"item_id": ["a", "b"], "repo": ["r"]}, feature_MF=np.array([[0, 0], [1, 1], [2, 1]])
+    )
+    assert vocabulary.groups("repo").tolist() == [0, 1, 1]
+    assert vocabulary.groups(None).tolist() == [0, 0, 0]
+    with pytest.raises(InputError, match=r"within 'brand'.* only \['item_id', 'repo'\]"):
+        vocabulary.groups("brand")
 
 
 @pytest.mark.spark
