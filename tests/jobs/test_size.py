@@ -15,7 +15,7 @@ from feature_repo.redis_store import RedisRows
 from feature_repo.sqlite_store import SqliteRows
 from feature_repo.store import RowStore, whole_put
 from jobs.bench_load import random_checkpoint, random_history
-from jobs.completejourney import data_file
+from jobs.datasets.completejourney import data_file
 from jobs.size import END_MS, LENGTH_SPREAD, SizePlan, histories, mix_lengths, with_half_means
 from jobs.size_redis import computed_bytes, measured_bytes
 from models.checkpoint import Checkpoint, Sizes

@@ -27,11 +27,13 @@ def random_history(spec: CacheSpec, count: int, seed: int, span_ms: int = 30 * D
     )
 
 
-def both_ways(spec: CacheSpec, events: EncodedEvents, now_ms: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def both_ways(
+    spec: CacheSpec, events: EncodedEvents, now_ms: int, seed: int = 0, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(read from the cache, attention over the raw history) for four candidates of one user."""
     torch.manual_seed(seed)
     heads, width, per_group = spec.heads, 5, spec.heads // spec.groups
-    query = torch.randn(1, 4, heads, width)
+    query = temperature * torch.randn(1, 4, heads, width)
     codeword = torch.randn(heads, spec.codewords, width)
     kernel = Kernel(log_weight_HR=torch.randn(heads, spec.rates), rate_HR=torch.from_numpy(spec.rate_HR))
     now = torch.tensor([now_ms])
@@ -48,11 +50,13 @@ def both_ways(spec: CacheSpec, events: EncodedEvents, now_ms: int, seed: int = 0
     count=st.integers(1, 200),
     wait_days=st.integers(0, 4000),
     seed=st.integers(0, 2**20),
+    # Logits within and beyond REACH_MAX.
+    temperature=st.sampled_from([1.0, 3.0, 100.0]),
 )
-def test_the_cache_reads_as_attention_over_the_raw_history(shape, count, wait_days, seed):
+def test_the_cache_reads_as_attention_over_the_raw_history(shape, count, wait_days, seed, temperature):
     spec = spec_of(*shape)
     events = random_history(spec, count, seed)
-    cached, raw = both_ways(spec, events, int(events.time_ms_N.max()) + wait_days * DAY_MS, seed)
+    cached, raw = both_ways(spec, events, int(events.time_ms_N.max()) + wait_days * DAY_MS, seed, temperature)
     torch.testing.assert_close(cached, raw, atol=1e-5, rtol=1e-5)
 
 
