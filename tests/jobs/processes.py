@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-KILL_WAIT_S = 180.0
+KILL_WAIT_S = 300.0
 
 
 def start(arguments: Sequence[object], cwd: Path) -> subprocess.Popen[bytes]:
