@@ -51,7 +51,13 @@ class Codebook(nn.Module):
         """Quantised keys with straight-through gradient, and the commitment error (mean over all elements)."""
         if not self.started:
             return key_NGF, key_NGF.new_zeros(())
-        quantised_NGF = self.decode(self.encode(key_NGF))
+        return self.straight_through(key_NGF, self.encode(key_NGF))
+
+    def straight_through(
+        self, key_NGF: Float[torch.Tensor, "N G F"], code_NG: Int64[torch.Tensor, "N G"]
+    ) -> tuple[Float[torch.Tensor, "N G F"], Float[torch.Tensor, ""]]:
+        """What `forward` returns, for keys whose codes are known."""
+        quantised_NGF = self.decode(code_NG)
         commitment = (key_NGF - quantised_NGF).square().mean()
         return key_NGF + (quantised_NGF - key_NGF).detach(), commitment
 

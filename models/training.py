@@ -1,5 +1,9 @@
 """The training loop: the same for VQL and every rival, on one process or several, resumable at any moment.
 
+Rivals are asked impressions, each with its newest `length` events. VQL's batches are whole timelines: while its keys
+are exact it is asked their impressions as rivals are, and from then on the timelines themselves (models.chunked), at a
+cost per impression that does not grow with a history, and with all of it.
+
 A run is a function of its `TrainPlan` alone. The state (parameters, optimisers, random generators, step) is saved
 every `save_every_steps` and replaced atomically; a run that finds a state of its own plan continues from it and
 ends with the same parameters as one that was never interrupted. Knows nothing of Spark, which starts it.
@@ -10,7 +14,7 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +26,27 @@ from torch import nn
 from models.checkpoint import Sizes
 from models.files import replace_file
 from models.ranker import Ranker, Shape, VqlHistory, loss
-from models.request import Impression, Request, collate
+from models.request import Impression, Request, Timeline, TimelineBatch, collate, collate_timelines
 from models.rivals import HISTORIES
-from models.timelines import FEATURES, batches, count_impressions, timeline_files
+from models.timelines import (
+    FEATURES,
+    Limits,
+    batches,
+    count_impressions,
+    count_timeline_batches,
+    timeline_batches,
+    timeline_files,
+)
 
 COMMITMENT = 0.01
 KEY_SAMPLE = 20_000
 
 
 class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """All that decides a run. `examples` and `work` are folders; FEATURES in `examples` is the feature table."""
+    """All that decides a run. `examples` and `work` are folders; FEATURES in `examples` is the feature table.
+
+    batch: impressions of a step. events: of a step's timelines, in all; a single timeline may have more.
+    """
 
     model: str
     examples: str
@@ -43,6 +58,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     length: int = 512
     epochs: int = 1
     batch: int = 32
+    events: int = 200_000
     seed: int = 0
     learning_rate: float = 6e-3
     id_learning_rate: float = 2e-2
@@ -75,8 +91,8 @@ def train(plan: TrainPlan) -> Path:
     log = Path(plan.work) / "loss.jsonl"
     _trim_log(log, run.step)
     started_s, shown_s = time.monotonic(), 0.0
-    for impressions in _batches_from(run, rank, world):
-        value = _step(run, collate(impressions, plan.length))
+    for share in _batches_from(run, rank, world):
+        value = _step(run, share)
         if rank == 0:
             elapsed_s = time.monotonic() - started_s
             with log.open("a") as file:
@@ -111,15 +127,13 @@ def new_ranker(plan: TrainPlan) -> Ranker:
 def _begin(plan: TrainPlan, world: int) -> _Run:
     torch.manual_seed(plan.seed)
     ranker = new_ranker(plan)
-    files = timeline_files(Path(plan.examples))
-    per_epoch = -(-count_impressions(files) // (plan.batch * world))
     return _Run(
         plan=plan,
         ranker=ranker,
         forward=nn.parallel.DistributedDataParallel(ranker) if world > 1 else ranker,
         optimizers=_optimizers(ranker, plan),
         generator=torch.default_generator,
-        steps=per_epoch * plan.epochs,
+        steps=_count_steps(plan, ranker, world),
     )
 
 
@@ -135,23 +149,54 @@ def _optimizers(ranker: Ranker, plan: TrainPlan) -> list[torch.optim.Optimizer]:
     ]
 
 
-def _batches_from(run: _Run, rank: int, world: int) -> Iterator[list[Impression]]:
+def _count_steps(plan: TrainPlan, ranker: Ranker, world: int) -> int:
+    files = timeline_files(Path(plan.examples))
+    if _reads_timelines(ranker):
+        return count_timeline_batches(files, _limits(plan, world), seed=plan.seed, epochs=plan.epochs)
+    return -(-count_impressions(files) // (plan.batch * world)) * plan.epochs
+
+
+def _batches_from(run: _Run, rank: int, world: int) -> Iterator[list[Impression] | list[Timeline]]:
     """This process's share of the batches after the step already done; `run.step` counts along."""
-    files, done, at = timeline_files(Path(run.plan.examples)), run.step, 0
-    for epoch in range(run.plan.epochs):
-        for whole in batches(files, run.plan.batch * world, seed=run.plan.seed, epoch=epoch):
+    plan, done, at = run.plan, run.step, 0
+    files = timeline_files(Path(plan.examples))
+    for epoch in range(plan.epochs):
+        if _reads_timelines(run.ranker):
+            epoch_batches = timeline_batches(files, _limits(plan, world), seed=plan.seed, epoch=epoch)
+        else:
+            epoch_batches = batches(files, plan.batch * world, seed=plan.seed, epoch=epoch)
+        for whole in epoch_batches:
             at += 1
             if at > done:
                 run.step = at
-                # A short last batch may leave a process without impressions; it repeats the first then.
+                # A small batch may leave a process without any; it repeats the first then.
                 yield whole[rank::world] or whole[:1]
 
 
-def _step(run: _Run, request: Request) -> float:
+def _limits(plan: TrainPlan, world: int) -> Limits:
+    return Limits(impressions=plan.batch * world, events=plan.events * world)
+
+
+def _reads_timelines(ranker: Ranker) -> bool:
+    return isinstance(ranker.history, VqlHistory)
+
+
+def _request(run: _Run, share: Sequence[Impression] | Sequence[Timeline]) -> Request | TimelineBatch:
+    """What the model is asked about a share of a batch."""
+    history = run.ranker.history
+    timelines = [one for one in share if isinstance(one, Timeline)]
+    if isinstance(history, VqlHistory) and history.codebook.started:
+        return collate_timelines(timelines)
+    impressions = [one for one in share if isinstance(one, Impression)]
+    return collate([*impressions, *(i for timeline in timelines for i in timeline.impressions())], run.plan.length)
+
+
+def _step(run: _Run, share: Sequence[Impression] | Sequence[Timeline]) -> float:
     """One optimisation step; returns the loss."""
     history = run.ranker.history
     if isinstance(history, VqlHistory) and not history.codebook.started and run.step > run.steps // 2:
         _start_codebook(run)
+    request = _request(run, share)
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     logit_BC, commitment = run.forward(request)
@@ -180,11 +225,12 @@ def _start_codebook(run: _Run) -> None:
 
 
 @torch.no_grad()
-def _move_codebook(ranker: Ranker, history: VqlHistory, request: Request, generator: torch.Generator) -> None:
+def _move_codebook(
+    ranker: Ranker, history: VqlHistory, request: Request | TimelineBatch, generator: torch.Generator
+) -> None:
     """The EMA step towards the batch's keys, each item counted by its events."""
-    real_BL = request.history.weight_BL > 0
-    items, counts = torch.unique(request.history.item_BL[real_BL], return_counts=True)
-    if len(items):
+    items, counts = request.items()
+    if history.codebook.started and len(items):
         keys = history.keys(ranker.encoder(items))
         history.codebook.update(keys.reshape(len(keys), history.sizes.groups, -1), counts.float(), generator)
 
