@@ -122,7 +122,7 @@ class States:
         decay_PHR = torch.exp(-rate_HR.double() * span_P[:, None, None])
         mass_PHKR = part_VHR.new_zeros(len(time_ms_P) * heads * codewords, rates)
         mass_PHKR.index_add_(0, row_VH.flatten(), part_VHR.flatten(0, 1))
-        mass_PHKR = mass_PHKR.view(-1, heads, codewords, rates)
+        mass_PHKR = mass_PHKR.view(len(time_ms_P), heads, codewords, rates)
         _carry(mass_PHKR[..., None], marks, decay_PHR)
         return cls(
             marks=marks,
@@ -195,7 +195,7 @@ class _Sums(torch.autograd.Function):
         sum_NRD = value_MHD.new_zeros(marks * heads * codewords, rates, value_MHD.shape[2])
         term_VHRD = states.part_VHR.to(value_VHD.dtype)[..., None] * value_VHD[:, :, None, :]
         sum_NRD.index_add_(0, states.row_VH.flatten(), term_VHRD.flatten(0, 1))
-        sum_PHKRD = sum_NRD.view(marks, heads, codewords, rates, -1)
+        sum_PHKRD = sum_NRD.view(marks, heads, codewords, rates, value_MHD.shape[2])
         _carry(sum_PHKRD, states.marks, states.decay_PHR)
         return sum_PHKRD
 

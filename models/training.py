@@ -66,7 +66,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(kw_only=True, slots=True)
-class _Run:
+class Run:
     """The live objects of one process of a run."""
 
     plan: TrainPlan
@@ -86,13 +86,13 @@ def train(plan: TrainPlan) -> Path:
         return final
     if world > 1:
         torch.distributed.init_process_group("gloo")
-    run = _begin(plan, world)
+    run = begin(plan, world)
     _resume(run)
     log = Path(plan.work) / "loss.jsonl"
     _trim_log(log, run.step)
     started_s, shown_s = time.monotonic(), 0.0
     for share in _batches_from(run, rank, world):
-        value = _step(run, share)
+        value = step(run, share)
         if rank == 0:
             elapsed_s = time.monotonic() - started_s
             with log.open("a") as file:
@@ -124,10 +124,11 @@ def new_ranker(plan: TrainPlan) -> Ranker:
     return Ranker(shape, features, HISTORIES[plan.model](shape))
 
 
-def _begin(plan: TrainPlan, world: int) -> _Run:
+def begin(plan: TrainPlan, world: int = 1) -> Run:
+    """A run before its first step."""
     torch.manual_seed(plan.seed)
     ranker = new_ranker(plan)
-    return _Run(
+    return Run(
         plan=plan,
         ranker=ranker,
         forward=nn.parallel.DistributedDataParallel(ranker) if world > 1 else ranker,
@@ -156,7 +157,7 @@ def _count_steps(plan: TrainPlan, ranker: Ranker, world: int) -> int:
     return -(-count_impressions(files) // (plan.batch * world)) * plan.epochs
 
 
-def _batches_from(run: _Run, rank: int, world: int) -> Iterator[list[Impression] | list[Timeline]]:
+def _batches_from(run: Run, rank: int, world: int) -> Iterator[list[Impression] | list[Timeline]]:
     """This process's share of the batches after the step already done; `run.step` counts along."""
     plan, done, at = run.plan, run.step, 0
     files = timeline_files(Path(plan.examples))
@@ -181,7 +182,7 @@ def _reads_timelines(ranker: Ranker) -> bool:
     return isinstance(ranker.history, VqlHistory)
 
 
-def _request(run: _Run, share: Sequence[Impression] | Sequence[Timeline]) -> Request | TimelineBatch:
+def _request(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> Request | TimelineBatch:
     """What the model is asked about a share of a batch."""
     history = run.ranker.history
     timelines = [one for one in share if isinstance(one, Timeline)]
@@ -191,11 +192,11 @@ def _request(run: _Run, share: Sequence[Impression] | Sequence[Timeline]) -> Req
     return collate([*impressions, *(i for timeline in timelines for i in timeline.impressions())], run.plan.length)
 
 
-def _step(run: _Run, share: Sequence[Impression] | Sequence[Timeline]) -> float:
+def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> float:
     """One optimisation step; returns the loss."""
     history = run.ranker.history
     if isinstance(history, VqlHistory) and not history.codebook.started and run.step > run.steps // 2:
-        _start_codebook(run)
+        start_codebook(run)
     request = _request(run, share)
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -214,7 +215,7 @@ def _step(run: _Run, share: Sequence[Impression] | Sequence[Timeline]) -> float:
 
 
 @torch.no_grad()
-def _start_codebook(run: _Run) -> None:
+def start_codebook(run: Run) -> None:
     """Exact keys until here: place the codewords on a sample of the items' keys."""
     ranker = run.ranker
     history = ranker.history
@@ -235,7 +236,7 @@ def _move_codebook(
         history.codebook.update(keys.reshape(len(keys), history.sizes.groups, -1), counts.float(), generator)
 
 
-def _resume(run: _Run) -> None:
+def _resume(run: Run) -> None:
     path = Path(run.plan.work) / "state.pt"
     if not path.exists():
         return
@@ -248,7 +249,7 @@ def _resume(run: _Run) -> None:
     print(f"  {run.plan.model}: resumed at step {run.step}/{run.steps}", flush=True)
 
 
-def _save(run: _Run, path: Path) -> None:
+def _save(run: Run, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(
         {
