@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from models.attention import CacheBatch, Kernel, history_bias, read, read_history
 from models.checkpoint import Sizes
-from models.chunked import Impressions, Timelines, read_timelines
+from models.chunked import read_timelines
 from models.codebook import Codebook
 from models.request import PADDING, Request, TimelineBatch
+from models.states import Impressions, Timelines
 
 # Share of item ids hidden in each training batch: a new item then reads as its category, an unknown one as any item,
 # and neither as the noise of an embedding row that was never trained.

@@ -6,12 +6,11 @@ import json
 
 import pytest
 
-from tests.jobs.commands import vql
-
 
 @pytest.mark.slow
 def test_every_length_has_its_cost(tmp_path):
-    vql("bench", "train", "--quick", "--output", tmp_path / "train.json")
+    said = CliRunner().invoke(app, ["bench", "train", "--quick", "--output", str(tmp_path / "train.json")])
+    assert said.exit_code == 0, said.output
     figures = json.loads((tmp_path / "train.json").read_text())
     for side in ("vql", "full"):
         assert list(figures[side]) == ["50", "200"]

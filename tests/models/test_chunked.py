@@ -10,7 +10,8 @@ import torch
 
 from models.attention import Kernel, read_history
 from models.cache import CacheSpec, EncodedEvents, empty, fold
-from models.chunked import Impressions, Marks, States, Timelines, read_timelines, value_sums
+from models.chunked import read_timelines
+from models.states import Impressions, Marks, States, Timelines, value_sums
 from tests.small import HOUR_MS, START_MS
 
 HEADS, GROUPS, CODEWORDS, KEY, VALUE, CANDIDATES = 4, 2, 6, 5, 3, 3
@@ -131,7 +132,7 @@ def test_values_and_gradients_are_those_of_attention_over_the_raw_events(chunk, 
     for name, a, b in zip(
         ("key", "value", "query", "kernel"), gradients(of, found), gradients(of, wanted), strict=True
     ):
-        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(a, b, atol=1e-11, rtol=1e-9, msg=name)
         # With one rate the kernel's weight cancels in the softmax.
         assert b.abs().max() > 1e-3 or (name, rates) == ("kernel", 1)
 

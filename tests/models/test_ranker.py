@@ -98,9 +98,7 @@ def test_timelines_have_the_gradients_of_raw_histories(tmp_path, monkeypatch, ch
     shared, alone = found
     assert shared.keys() == alone.keys() >= {"history.key.weight", "history.kernel.raw_HR", "encoder.fields.0.weight"}
     for name, gradient in alone.items():
-        torch.testing.assert_close(
-            shared[name], gradient, atol=1e-6, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(shared[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
 
 
 @torch.inference_mode()

@@ -96,8 +96,6 @@ def test_a_part_of_a_timeline_asks_what_the_whole_does():
     part = one.part(1, 3)
     assert part.item_L.tolist() == [1, 2, 3, 4]
     for a, b in zip(part.impressions(), one.impressions()[1:], strict=True):
-        assert (a.now_ms, a.item_L.tolist(), a.candidate_C.tolist()) == (
-            b.now_ms,
-            b.item_L.tolist(),
-            b.candidate_C.tolist(),
-        )
+        assert a.now_ms == b.now_ms
+        assert a.item_L.tolist() == b.item_L.tolist()
+        assert a.candidate_C.tolist() == b.candidate_C.tolist()
