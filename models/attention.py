@@ -86,13 +86,9 @@ def read(
     now_ms_B: Int64[torch.Tensor, "B"],
 ) -> Float[torch.Tensor, "B C H D"]:
     """Attention over each user's whole history from the cache alone. The query is already scaled by tau."""
-    age_B = (now_ms_B - cache.reference_ms_B).double()
-    log_share_BHR = kernel.log_weight_HR.double() - kernel.rate_HR.double() * age_B[:, None, None]
-    log_mass_BHKR = cache.mass_BHKR.clamp(min=0).double().log() + log_share_BHR[:, :, None, :]
-    log_mass_BHK = torch.logsumexp(log_mass_BHKR, dim=-1)
-    share_BHKR = torch.where(
-        log_mass_BHK[..., None].isfinite(), (log_mass_BHKR - log_mass_BHK[..., None]).exp(), 0.0
-    ).float()
+    log_mass_BHKR = cache.mass_BHKR.clamp(min=0).double().log()
+    log_mass_BHK, log_share_BHKR = masses_now(log_mass_BHKR, now_ms_B - cache.reference_ms_B, kernel)
+    share_BHKR = torch.where(log_mass_BHK[..., None].isfinite(), log_share_BHKR.exp(), 0.0).float()
     mean_BHKD = (share_BHKR[..., None] * cache.mean_BHKRD).sum(dim=-2)
     logit_BHCK = query_BCHE.transpose(1, 2) @ codeword_HKE.transpose(-1, -2)
     bias_BHK = centred(log_mass_BHK)
@@ -104,6 +100,17 @@ def read(
     sum_BHCX = logit_BHCK.exp_() @ torch.cat([mass_BHK1 * mean_BHKD, mass_BHK1], dim=-1)
     total_BHC1 = sum_BHCX[..., -1:]
     return torch.where(total_BHC1 > 0, sum_BHCX[..., :-1] / total_BHC1, 0.0).transpose(1, 2)
+
+
+def masses_now(
+    log_mass_BHKR: Float64[torch.Tensor, "B H K R"], age_ms_B: Int64[torch.Tensor, "B"], kernel: Kernel
+) -> tuple[Float64[torch.Tensor, "B H K"], Float64[torch.Tensor, "B H K R"]]:
+    """log M, from the logs of masses of this age, and the log of each rate's share in it (of no mass: not a number)."""
+    age_B = age_ms_B.double()
+    log_kappa_BHR = kernel.log_weight_HR.double() - kernel.rate_HR.double() * age_B[:, None, None]
+    log_now_BHKR = log_mass_BHKR + log_kappa_BHR[:, :, None, :]
+    log_now_BHK = torch.logsumexp(log_now_BHKR, dim=-1)
+    return log_now_BHK, log_now_BHKR - log_now_BHK[..., None]
 
 
 def read_history(

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch.nn import functional
 
-from models.attention import Kernel, attention_weights, centred, log_weights, nothing
+from models.attention import Kernel, attention_weights, centred, log_weights, masses_now, nothing
 from models.states import Impressions, Marks, States, Timelines, carry_back, value_sums
 
 # Events whose keys' gradients are summed at once: E x D numbers for each of them and each head.
@@ -132,13 +132,10 @@ def _masses(states: States, kernel: Kernel, now_ms_B: torch.Tensor) -> tuple[tor
     # A finite stand-in for -inf: the gradient of a logsumexp of nothing is not a number.
     log_PHKR = torch.where(some_PHKR, states.mass_PHKR.log(), _NOWHERE)
     log_BHKR = functional.pad(log_PHKR, (0,) * 7 + (1,), value=_NOWHERE)[states.marks.mark_B]
-    age_B = (now_ms_B - functional.pad(states.time_ms_P, (0, 1))[states.marks.mark_B]).double()
-    log_share_BHR = kernel.log_weight_HR.double() - kernel.rate_HR.double() * age_B[:, None, None]
+    age_ms_B = now_ms_B - functional.pad(states.time_ms_P, (0, 1))[states.marks.mark_B]
     some_BHK = functional.pad(some_PHKR.any(dim=-1), (0,) * 5 + (1,))[states.marks.mark_B]
-    log_mass_BHKR = log_BHKR + log_share_BHR[:, :, None, :]
-    log_mass_BHK = torch.logsumexp(log_mass_BHKR, dim=-1)
-    share_BHKR = (log_mass_BHKR - log_mass_BHK[..., None]).exp()
-    return torch.where(some_BHK, log_mass_BHK, -torch.inf), share_BHKR
+    log_mass_BHK, log_share_BHKR = masses_now(log_BHKR, age_ms_B, kernel)
+    return torch.where(some_BHK, log_mass_BHK, -torch.inf), log_share_BHKR.exp()
 
 
 def _own_chunk(asked: Impressions, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -131,7 +131,7 @@ def _filled(users: Iterator[tuple[User, np.ndarray]], limits: Limits) -> Iterato
         yield kept
 
 
-def _timelines_and_ends(file: Path) -> list[tuple[Userimeline, np.ndarray]]:
+def _timelines_and_ends(file: Path) -> list[tuple[Timeline, np.ndarray]]:
     return [(timeline, timeline.end_I) for timeline in timelines_of(file)]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+from typer.testing import CliRunner
+
+from jobs.cli import app
 
 
 @pytest.mark.slow

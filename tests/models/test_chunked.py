@@ -157,7 +157,8 @@ def test_events_that_no_impression_sees_change_nothing():
 def test_years_of_silence_neither_overflow_nor_disturb(chunk):
     of = case(2, wait_ms=50_000 * 24 * HOUR_MS)
     found, far = chunked(of, chunk), chunked(of, 1000)
-    torch.testing.assert_close(found, far, atol=1e-12, rtol=1e-10)
+    # The logs are a million in size: so many digits are gone.
+    torch.testing.assert_close(found, far, atol=1e-9, rtol=1e-8)
     assert all(g.isfinite().all() for g in gradients(of, found))
 
 
@@ -184,9 +185,9 @@ def test_a_kept_state_is_the_cache_of_the_events_before_it(rates):
             ),
         )
         assert cache.reference_ms == states.time_ms_P[p]
-        mass_GKPR = states.mass_PHKR[p].unflatten(0, (GROUPS, -1)).transpose(1, 2)
-        sum_GKPRD = sums[p].unflatten(0, (GROUPS, -1)).transpose(1, 2)
-        np.testing.assert_allclose(mass_GKPR.flatten(0, 1)[cache.code_N.astype(int)], cache.mass_NPR, rtol=1e-6)
-        mean = sum_GKPRD.flatten(0, 1)[cache.code_N.astype(int)] / cache.mass_NPR[..., None]
-        np.testing.assert_allclose(mean, cache.mean_NPRD, rtol=1e-4, atol=1e-5)
+        code_N = cache.code_N.astype(int)
+        mass_NPR = states.mass_PHKR[p].unflatten(0, (GROUPS, -1)).transpose(1, 2).flatten(0, 1)[code_N]
+        sum_NPRD = sums[p].unflatten(0, (GROUPS, -1)).transpose(1, 2).flatten(0, 1)[code_N]
+        np.testing.assert_allclose(mass_NPR.numpy(), cache.mass_NPR, rtol=1e-6)
+        np.testing.assert_allclose((sum_NPRD / mass_NPR[..., None]).numpy(), cache.mean_NPRD, rtol=1e-4, atol=1e-5)
         assert int((states.mass_PHKR[p] > 0).sum()) == int((cache.mass_NPR > 0).sum())
