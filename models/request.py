@@ -200,7 +200,7 @@ def collate_timelines(timelines: Sequence[Timeline]) -> TimelineBatch:
     )
 
 
-def _padded(rows: Sequence[np.ndarray], dtype: type, padding: float) -> torch.Tensor:
+def _padded(rows: Sequence[np.ndarray], dtype: type, padding: int) -> torch.Tensor:
     """One row each, filled up to the longest."""
     out = np.full((len(rows), max(map(len, rows))), padding, dtype)
     for b, row in enumerate(rows):
