@@ -91,15 +91,15 @@ class _StateKeys(torch.autograd.Function):
         seen, states = ctx.seen, ctx.seen.states
         adjoint_NRX = _adjoints(seen, gradients[0]).flatten(0, 2).flatten(1)
         key_MHE = ctx.value_MHD.new_zeros(ctx.shape)
-        width = (ctx.shape[2], ctx.value_MHD.shape[2] + 1)
+        of_entry = (states.mass_PHKR.shape[-1], ctx.shape[2], ctx.value_MHD.shape[2] + 1)
         for at in range(0, len(states.row_VH), EVENTS_AT_ONCE):
             some = slice(at, at + EVENTS_AT_ONCE)
             event_V = states.marks.event_V[some]
             value_VHD = functional.pad(ctx.value_MHD[event_V], (0, 1), value=1.0)
-            of_VHREX = functional.embedding(states.row_VH[some], adjoint_NRX).unflatten(-1, (-1, *width))
-            part_VHR = states.part_VHR[some].to(value_VHD.dtype)
-            one_VHR1X = part_VHR[..., None, None] * value_VHD[:, :, None, None, :]
-            key_MHE[event_V] = (of_VHREX * one_VHR1X).sum(dim=(2, 4))
+            adjoint_JREX = functional.embedding(states.row_VH[some], adjoint_NRX).view(-1, *of_entry)
+            one_VHRX = states.part_VHR[some].to(value_VHD.dtype)[..., None] * value_VHD[:, :, None, :]
+            key_JRE1 = adjoint_JREX @ one_VHRX.flatten(0, 1)[..., None]
+            key_MHE[event_V] = key_JRE1.sum(dim=(1, 3)).view(-1, *ctx.shape[1:])
         return key_MHE, None, None
 
 

@@ -40,6 +40,8 @@ from models.timelines import (
 
 COMMITMENT = 0.01
 KEY_SAMPLE = 20_000
+# Items of a step that move the codewords, at most: long timelines have more, and as good a mean with these.
+MOVING_ITEMS = 4_096
 
 
 class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -231,6 +233,9 @@ def _move_codebook(
 ) -> None:
     """The EMA step towards the batch's keys, each item counted by its events."""
     items, counts = request.items()
+    if len(items) > MOVING_ITEMS:
+        some = torch.randperm(len(items), generator=generator)[:MOVING_ITEMS]
+        items, counts = items[some], counts[some]
     if history.codebook.started and len(items):
         keys = history.keys(ranker.encoder(items))
         history.codebook.update(keys.reshape(len(keys), history.sizes.groups, -1), counts.float(), generator)
