@@ -159,6 +159,9 @@ def train(
         int, typer.Option(min=1, help="Newest events for exact attention: all that rivals see; vql, in its first half.")
     ] = 512,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Stop after so many epochs without a better GAUC of held-out users; 0: never.")
+    ] = 0,
     per_user: Annotated[int, typer.Option(min=1, help="Training impressions per user at most.")] = 16,
     batch: Annotated[int, typer.Option(min=1, help="Impressions of a step.")] = 32,
     serving_delay: Annotated[
@@ -186,6 +189,7 @@ def train(
         length=length,
         epochs=epochs,
         batch=batch,
+        patience=patience,
         seed=seed,
         log_version=log_version,
     )

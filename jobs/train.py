@@ -40,6 +40,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     length: int = 512
     epochs: int = 1
     batch: int = 32
+    patience: int = 0
     seed: int = 0
     log_version: int | None = None
     items_version: int | None = None
@@ -160,6 +161,7 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
         length=job.length,
         epochs=job.epochs,
         batch=job.batch,
+        patience=job.patience,
         seed=job.seed,
     )
     return plan, vocabulary

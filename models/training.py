@@ -15,7 +15,8 @@ import io
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -24,10 +25,12 @@ import torch
 from torch import nn
 
 from models.checkpoint import Sizes
+from models.errors import InputError
 from models.files import replace_file
 from models.ranker import Ranker, Shape, VqlHistory, loss
 from models.request import Impression, Request, Timeline, TimelineBatch, collate, collate_timelines
 from models.rivals import HISTORIES
+from models.stopping import Patience, auc_within
 from models.timelines import (
     FEATURES,
     Limits,
@@ -42,12 +45,16 @@ COMMITMENT = 0.01
 KEY_SAMPLE = 20_000
 # Items of a step that move the codewords, at most: long timelines have more, and as good a mean with these.
 MOVING_ITEMS = 4_096
+# Batches of held-out users that are looked at after an epoch.
+HELD_OUT_BATCHES = 64
 
 
 class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     """All that decides a run. `examples` and `work` are folders; FEATURES in `examples` is the feature table.
 
     batch: impressions of a step. events: of a step's timelines, in all; a single timeline may have more.
+    patience: after so many epochs without a better GAUC of held-out users, the run ends with the parameters of the
+    best. 0: all epochs, and no user is held out.
     """
 
     model: str
@@ -61,6 +68,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     epochs: int = 1
     batch: int = 32
     events: int = 200_000
+    patience: int = 0
     seed: int = 0
     learning_rate: float = 6e-3
     id_learning_rate: float = 2e-2
@@ -78,6 +86,7 @@ class Run:
     generator: torch.Generator
     steps: int
     step: int = 0
+    patience: Patience = field(default_factory=Patience)
 
 
 def train(plan: TrainPlan) -> Path:
@@ -92,19 +101,24 @@ def train(plan: TrainPlan) -> Path:
     _resume(run)
     log = Path(plan.work) / "loss.jsonl"
     _trim_log(log, run.step)
-    started_s, shown_s = time.monotonic(), 0.0
+    started_s, shown_s, seen = time.monotonic(), 0.0, []
     for share in _batches_from(run, rank, world):
-        value = step(run, share)
+        value, auc = step(run, share)
+        seen.append(auc)
         if rank == 0:
             elapsed_s = time.monotonic() - started_s
             with log.open("a") as file:
                 file.write(f'{{"step": {run.step}, "loss": {value:.6f}}}\n')
             if elapsed_s - shown_s > 5 or run.step == run.steps:
-                print(f"  {plan.model}: step {run.step}/{run.steps}  loss {value:.4f}  {elapsed_s:.0f} s", flush=True)
-                shown_s = elapsed_s
+                gauc = float(torch.tensor(seen).nanmean())
+                said = f"loss {value:.4f}  gauc {gauc:.4f}  {elapsed_s:.0f} s"
+                print(f"  {plan.model}: step {run.step}/{run.steps}  {said}", flush=True)
+                shown_s, seen = elapsed_s, []
             if run.step % plan.save_every_steps == 0:
                 _save(run, Path(plan.work) / "state.pt")
     if rank == 0:
+        if plan.patience:
+            run.ranker.load_state_dict(torch.load(_best(plan), weights_only=True)["model"])
         _save(run, final)
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -153,27 +167,75 @@ def _optimizers(ranker: Ranker, plan: TrainPlan) -> list[torch.optim.Optimizer]:
 
 
 def _count_steps(plan: TrainPlan, ranker: Ranker, world: int) -> int:
-    files = timeline_files(Path(plan.examples))
+    files = _train_files(plan)
     if _reads_timelines(ranker):
         return count_timeline_batches(files, _limits(plan, world), seed=plan.seed, epochs=plan.epochs)
     return -(-count_impressions(files) // (plan.batch * world)) * plan.epochs
 
 
+def _train_files(plan: TrainPlan) -> list[Path]:
+    """All files; with patience all but the last, whose users are held out."""
+    files = timeline_files(Path(plan.examples))
+    if plan.patience and len(files) == 1:
+        raise InputError(f"{plan.examples} has one file of users: none can be held out, train without patience")
+    return files[:-1] if plan.patience else files
+
+
 def _batches_from(run: Run, rank: int, world: int) -> Iterator[list[Impression] | list[Timeline]]:
     """This process's share of the batches after the step already done; `run.step` counts along."""
-    plan, done, at = run.plan, run.step, 0
-    files = timeline_files(Path(plan.examples))
-    for epoch in range(plan.epochs):
-        if _reads_timelines(run.ranker):
-            epoch_batches = timeline_batches(files, _limits(plan, world), seed=plan.seed, epoch=epoch)
-        else:
-            epoch_batches = batches(files, plan.batch * world, seed=plan.seed, epoch=epoch)
-        for whole in epoch_batches:
+    done, at = run.step, 0
+    for epoch in range(run.plan.epochs):
+        for whole in _epoch_batches(run, _train_files(run.plan), epoch, world):
             at += 1
             if at > done:
                 run.step = at
                 # A small batch may leave a process without any; it repeats the first then.
                 yield whole[rank::world] or whole[:1]
+        if run.plan.patience and at >= done and _is_over(run, epoch, rank, world):
+            return
+
+
+def _epoch_batches(
+    run: Run, files: Sequence[Path], epoch: int, world: int
+) -> Iterator[list[Impression]] | Iterator[list[Timeline]]:
+    if _reads_timelines(run.ranker):
+        return timeline_batches(files, _limits(run.plan, world), seed=run.plan.seed, epoch=epoch)
+    return batches(files, run.plan.batch * world, seed=run.plan.seed, epoch=epoch)
+
+
+def _is_over(run: Run, epoch: int, rank: int, world: int) -> bool:
+    """Look at the held-out users after an epoch, and keep the parameters if they are the best so far."""
+    history = run.ranker.history
+    if isinstance(history, VqlHistory) and not history.codebook.started:
+        return False
+    if rank == 0:
+        gauc = _held_out_gauc(run)
+        if run.patience.look(gauc):
+            _save(run, _best(run.plan))
+        told = f"held-out gauc {gauc:.4f}, the best {run.patience.best:.4f}"
+        print(f"  {run.plan.model}: epoch {epoch + 1}/{run.plan.epochs}  {told}", flush=True)
+    over = torch.tensor(run.patience.waited >= run.plan.patience)
+    if world > 1:
+        torch.distributed.broadcast(over, 0)
+    return bool(over)
+
+
+@torch.no_grad()
+def _held_out_gauc(run: Run) -> float:
+    """The mean AUC within the impressions of held-out users. Raises InputError when none has both classes."""
+    last = timeline_files(Path(run.plan.examples))[-1:]
+    run.ranker.eval()
+    requests = (_request(run, share) for share in islice(_epoch_batches(run, last, 0, 1), HELD_OUT_BATCHES))
+    found = [auc_within(run.ranker(request)[0], request.label_BC) for request in requests]
+    run.ranker.train()
+    gauc = float(torch.cat(found).nanmean()) if found else float("nan")
+    if gauc != gauc:
+        raise InputError(f"{last[0]} has no impression with both classes to hold out; train without patience")
+    return gauc
+
+
+def _best(plan: TrainPlan) -> Path:
+    return Path(plan.work) / "best.pt"
 
 
 def _limits(plan: TrainPlan, world: int) -> Limits:
@@ -194,8 +256,8 @@ def _request(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> Requ
     return collate([*impressions, *(i for timeline in timelines for i in timeline.impressions())], run.plan.length)
 
 
-def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> float:
-    """One optimisation step; returns the loss."""
+def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> tuple[float, float]:
+    """One optimisation step; returns the loss and the mean AUC within impressions, both from before the step."""
     history = run.ranker.history
     if isinstance(history, VqlHistory) and not history.codebook.started and run.step > run.steps // 2:
         start_codebook(run)
@@ -213,7 +275,7 @@ def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> float:
         optimizer.step()
     if isinstance(run.ranker.history, VqlHistory):
         _move_codebook(run.ranker, run.ranker.history, request, run.generator)
-    return float(error.detach())
+    return float(error.detach()), float(auc_within(logit_BC.detach(), request.label_BC).nanmean())
 
 
 @torch.no_grad()
@@ -251,6 +313,7 @@ def _resume(run: Run) -> None:
         optimizer.load_state_dict(saved)
     run.generator.set_state(state["generator"])
     run.step = state["step"]
+    run.patience = Patience(**state["patience"])
     print(f"  {run.plan.model}: resumed at step {run.step}/{run.steps}", flush=True)
 
 
@@ -262,6 +325,7 @@ def _save(run: Run, path: Path) -> None:
             "optimizers": [o.state_dict() for o in run.optimizers],
             "generator": run.generator.get_state(),
             "step": run.step,
+            "patience": asdict(run.patience),
         },
         buffer,
     )
