@@ -167,11 +167,12 @@ def train(
 ) -> None:
     """What an impression costs to train when its user has 1,000, 3,000, 10,000 or 20,000 events, and the memory.
 
-    Whole steps of vql train, on random users with 16 impressions of 20 candidates each. Takes a few minutes.
+    Whole steps of vql train, on random users; impressions have 20 candidates. Takes a few minutes.
 
-    [b]vql[/b]: timelines that a user's impressions share, with quantised keys; 64 impressions a step.
+    [b]vql[/b]: timelines that a user's 16 impressions share, with quantised keys; 64 impressions a step.
+    [b]steady[/b]: the same for users who have 16 impressions for every 1,000 events.
     [b]full[/b]: exact attention over each impression's own events; 4 impressions a step.
-    [b]growth[/b]: the milliseconds of vql at the longest over the shortest.
+    [b]..._growth[/b]: the milliseconds at the longest over the shortest.
 
     Example: vql bench train --output build/bench/train.json
     """
