@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from models.cache import CacheSpec
+from models.diagnostics import Diagnostics
 from models.errors import CheckpointError
 from models.files import disk_error, sha256_file
 from models.item_table import load_table
@@ -58,7 +59,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """manifest.json. half_life_ms is H x R with null for "never"; actions[0] is "other"."""
+    """manifest.json. half_life_ms is H x R with null for "never"; actions[0] is "other"; diagnostics: of vql alone."""
 
     model: str
     sizes: Sizes
@@ -68,6 +69,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     training: dict[str, str | int | float]
     metrics: dict[str, float]
     files: dict[str, str]
+    diagnostics: Diagnostics | None = None
     format_version: int = FORMAT_VERSION
 
 
