@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from jobs.train import DAY_MS, TrainJob, parse_half_lives, run_training
+from jobs.train import DAY_MS, TrainJob, parse_delay_ms, parse_half_lives, run_training
 from models.checkpoint import open_checkpoint
 from models.errors import InputError
 from models.load import load_ranker
@@ -164,3 +164,11 @@ def test_half_lives_are_read_by_unit() -> None:
 def test_half_lives_that_are_none_are_named(text: str) -> None:
     with pytest.raises(InputError, match=f"half-life '{text.split(',')[-1]}'"):
         parse_half_lives([text])
+
+
+def test_a_serving_delay_has_a_unit_and_an_end() -> None:
+    assert [parse_delay_ms(text) for text in ("0", "1.5s", "15m")] == [0, 1500, 900_000]
+    refused = {"never": "delay of never", "5": "serving delay '5' is not a number", "-1s": "serving delay '-1s' is not"}
+    for text, words in refused.items():
+        with pytest.raises(InputError, match=words):
+            parse_delay_ms(text)
