@@ -27,6 +27,7 @@ from models.cache import Cache, CacheSpec
 # of the sum. Masses then meet the candidates in a product of matrices, which takes half the time of a softmax.
 REACH_MAX = 30.0
 TOTAL_MIN = 1e-30
+LOG_MIN = -1e30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -176,8 +177,8 @@ def _attend(logit_BHCX: torch.Tensor, bias_BHX: torch.Tensor, value_BHXD: torch.
 
 def _centre(log_BHX: torch.Tensor) -> torch.Tensor:
     """Subtract each head's maximum in float64, then drop to float32: softmax does not see the shift."""
-    top_BH1 = log_BHX.detach().amax(dim=-1, keepdim=True)
-    return (log_BHX - torch.where(top_BH1.isfinite(), top_BH1, 0.0)).float()
+    # Where nothing has mass, -inf stays -inf.
+    return (log_BHX - log_BHX.detach().amax(dim=-1, keepdim=True).clamp(min=LOG_MIN)).float()
 
 
 def _by_head(x: torch.Tensor, spec: CacheSpec) -> torch.Tensor:
