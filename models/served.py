@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from jaxtyping import Float, Int64
-from torch.nn import functional
 
 from models.attention import CacheBatch, entries_at, read_entries
 from models.ranker import Ranker, VqlHistory
@@ -43,7 +42,8 @@ class ServedRanker:
         self, candidate_BC: Int64[torch.Tensor, "B C"], cache: CacheBatch, now_ms_B: Int64[torch.Tensor, "B"]
     ) -> Float[torch.Tensor, "B C"]:
         """Logits of items by their index in the table."""
-        query_BCHE = functional.embedding(candidate_BC, self._query_MX).unflatten(-1, self._heads)
+        query_NX = self._query_MX.index_select(0, candidate_BC.flatten())
+        query_BCHE = query_NX.view(*candidate_BC.shape, *self._heads)
         entries = entries_at(cache, self._kernel, now_ms_B)
         seen_BCHD = read_entries(query_BCHE, self._codeword_HKE, entries, self.reach)
         return self.ranker.logits(self.ranker.encoder(candidate_BC), seen_BCHD.flatten(2))
