@@ -1,9 +1,8 @@
 """A batch's tensors made while its rows are still coming: by a thread beside the one that receives them, and by both
 once all are there.
 
-Checking and folding leave the interpreter free (they are compiled), so the two run at the same time. What the thread
-has not begun when the next part is there, because it is busy with other calls' rows or no core is free, the caller
-makes itself: the server goes on sending meanwhile.
+Checking and folding leave the interpreter free (they are compiled), so the two run at the same time. Where the thread
+is busy with other calls' rows, the caller makes its own.
 """
 
 from __future__ import annotations
@@ -27,25 +26,20 @@ class Filling:
 
         A part that came before, in a try that failed, is done with first.
         """
-        if first in self._parts and not (before := self._parts.pop(first)[0]).cancel():
-            wait([before])
+        if first in self._parts:
+            wait([self._parts[first][0]])
         if first + len(rows) == len(self._batch.place_B):
             self._batch.fill(first, rows)
             return
-        self._take_back()
         try:
             self._parts[first] = self._threads.submit(self._batch.fill, first, rows), rows
         except RuntimeError:  # the threads were shut down: the reader was closed while this read was under way
             self._batch.fill(first, rows)
 
     def finish(self) -> None:
-        """All parts are filled in when this returns."""
-        self._take_back()
-        for filled, _ in self._parts.values():
-            filled.result()
-
-    def _take_back(self) -> None:
-        """Fill in those parts that no thread has begun by now."""
-        idle = [first for first, (filled, _) in self._parts.items() if filled.cancel()]
-        for first in idle:
-            self._batch.fill(first, self._parts.pop(first)[1])
+        """All parts are filled in when this returns; those that no thread has begun by now, by the caller."""
+        for first, (filled, rows) in reversed(self._parts.items()):
+            if filled.cancel():
+                self._batch.fill(first, rows)
+            else:
+                filled.result()

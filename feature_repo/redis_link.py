@@ -27,7 +27,7 @@ from models.errors import StoreError, UnavailableError
 
 BACKOFF_BASE_S, BACKOFF_MAX_S = 0.05, 1.0
 # A part costs a twentieth of a millisecond, wherever it is taken.
-ANSWERS_PER_PART = 25
+ANSWERS_PER_PART = 50
 # What a server says while it fails over or has no quorum; it heals by itself.
 _PASSING = ("MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
 _REMEDIES: tuple[tuple[type[RedisError], str], ...] = (

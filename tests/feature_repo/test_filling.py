@@ -13,7 +13,6 @@ from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
 from models.dense_caches import DenseBatch, dense_caches, placed
 from models.row import Fold, RowBytes, encode_row
-from models.row_places import ABSENT, SOUND
 from tests.feature_repo.rows import small_rows
 
 CPU = torch.device("cpu")
@@ -43,18 +42,6 @@ def test_parts_are_filled_in_whatever_the_thread_is_at(rows, fold: Fold, state: 
             filling.take(first, rows[first : first + 2])
         filling.finish()
         assert_as_at_once(batch, rows, fold)
-        free.set()
-
-
-def test_a_part_that_no_thread_has_begun_is_made_when_the_next_one_comes(rows, fold: Fold):
-    batch, free = DenseBatch(len(rows), fold, CPU), threading.Event()
-    with ThreadPoolExecutor(1) as threads:
-        threads.submit(free.wait, 30)
-        filling = Filling(batch, threads)
-        filling.take(0, rows[:2])
-        assert batch.place_B["status"][:2].tolist() == [ABSENT, ABSENT]
-        filling.take(2, rows[2:3])
-        assert batch.place_B["status"][:3].tolist() == [ABSENT, SOUND, ABSENT]
         free.set()
 
 
