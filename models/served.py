@@ -30,9 +30,9 @@ class ServedRanker:
             raise TypeError(f"{type(history).__name__} cannot be read from a cache")
         self.ranker = ranker
         self._heads = (history.sizes.heads, history.sizes.key_width)
-        item_M = torch.arange(len(ranker.encoder.feature_MF), device=ranker.encoder.feature_MF.device)
-        parts = item_M.split(ITEMS_AT_ONCE)
-        self._query_MX = torch.cat([history.queries(ranker.encoder(item_N)).flatten(1) for item_N in parts])
+        item_1M = torch.arange(len(ranker.encoder.feature_MF), device=ranker.encoder.feature_MF.device)[None]
+        parts = item_1M.split(ITEMS_AT_ONCE, dim=1)
+        self._query_MX = torch.cat([history.queries(ranker.encoder(item_1N))[0].flatten(1) for item_1N in parts])
         self._codeword_HKE, self._kernel = history.codewords().contiguous(), history.kernel()
         # A layer-normed query is, before it is scaled, no longer than the square root of its width.
         reach_H = history.log_temperature_H.exp() * self._codeword_HKE.norm(dim=-1).amax(dim=-1)

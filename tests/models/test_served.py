@@ -61,7 +61,7 @@ def test_no_logit_is_beyond_the_reach(tmp_path):
     ranker = new_ranker()
     torch.nn.init.normal_(ranker.history.log_temperature_H)
     item_M = torch.arange(len(ranker.encoder.feature_MF))
-    query_MHE = ranker.history.queries(ranker.encoder(item_M))
+    query_MHE = ranker.history.queries(ranker.encoder(item_M[None]))[0]
     largest = torch.einsum("mhe,hke->mhk", query_MHE, ranker.history.codewords()).abs().max()
     reach = ServedRanker(ranker).reach
     assert largest <= reach < REACH_MAX
