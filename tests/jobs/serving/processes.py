@@ -70,14 +70,19 @@ class Server:
 
 
 @contextmanager
-def serving(checkpoint: Path, state: Path, *options: object, redis_url: str = "") -> Iterator[Server]:
-    """Killed with the context if it still runs."""
+def serving(
+    checkpoint: Path, state: Path, *options: object, redis_url: str = "", deadline_ms: float = 10_000
+) -> Iterator[Server]:
+    """Killed with the context if it still runs. A busy machine misses no such deadline: what is read is fresh."""
     log = state / "serve.err"
     command = [sys.executable, "-m", "jobs.cli", "serve", "--checkpoint", str(checkpoint), "--state", str(state)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "VQL_REDIS_URL": redis_url}
     with log.open("wb") as err:
         process = subprocess.Popen(
-            [*command, "--port", "0", *map(str, options)], env=environment, stdout=subprocess.DEVNULL, stderr=err
+            [*command, "--port", "0", "--deadline-ms", str(deadline_ms), *map(str, options)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=err,
         )
     try:
         deadline_s = time.monotonic() + START_WAIT_S

@@ -79,7 +79,10 @@ def test_while_redis_is_away_answers_go_on_flagged(tmp_path: Path, state: Path) 
         rows = StoreHandle(state=state, redis=RedisSettings(url=redis.url)).open()
         put_rows(checkpoint, rows)
         rows.close()
-        with serving(checkpoint.path, state, redis_url=redis.url) as server, load(server, bodies()) as seen:
+        with (
+            serving(checkpoint.path, state, redis_url=redis.url, deadline_ms=200) as server,
+            load(server, bodies()) as seen,
+        ):
             wait_until(lambda: len(seen.answers) > 50)
             killed = len(seen.answers)
             redis.kill()
@@ -104,8 +107,7 @@ def test_a_store_that_was_emptied_is_refused_and_a_restart_is_asked_for(tmp_path
         rows = StoreHandle(state=state, redis=RedisSettings(url=redis.url)).open()
         put_rows(checkpoint, rows)
         rows.close()
-        # A deadline that no machine misses: else the row that was read last would be served in the meantime.
-        with serving(checkpoint.path, state, "--deadline-ms", "10000", redis_url=redis.url) as server:
+        with serving(checkpoint.path, state, redis_url=redis.url) as server:
             assert server.post(bodies()[0])[0] == 200
             with redis.client() as client:
                 client.flushall()
