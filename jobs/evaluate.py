@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import log_loss, roc_auc_score
 
 from feature_repo.reader import Reader
+from models.counts import Counter
 from models.ranker import Ranker
 from models.request import PADDING, Impression, Request, collate
 
@@ -36,7 +37,7 @@ class Scores:
 
 def score_raw(ranker: Ranker, impressions: Sequence[Impression], length: int | None = None) -> Scores:
     """Scores from raw histories: the newest `length` events, or all of them."""
-    return _score(impressions, lambda request, _: ranker(request)[0], length)
+    return _score(impressions, lambda request, _: ranker(request)[0], length, ranker.counter)
 
 
 def score_cached(ranker: Ranker, reader: Reader, impressions: Sequence[Impression]) -> Scores:
@@ -73,14 +74,14 @@ def group_auc(scores: Scores) -> float:
 
 
 @torch.inference_mode()
-def _score(impressions: Sequence[Impression], logits, length: int | None) -> Scores:
+def _score(impressions: Sequence[Impression], logits, length: int | None, counter: Counter | None = None) -> Scores:
     parts = []
     # Histories of like length share a batch: padding is work.
     order = sorted(range(len(impressions)), key=lambda i: len(impressions[i].item_L))
     users = {user_id: u for u, user_id in enumerate(dict.fromkeys(i.user_id for i in impressions))}
     for start in range(0, len(order), BATCH):
         batch = [impressions[i] for i in order[start : start + BATCH]]
-        request = collate(batch, length)
+        request = collate(batch, length, counter)
         logit_BC = logits(request, batch)
         real_BC = request.label_BC != PADDING
         user_B = torch.tensor([users[i.user_id] for i in batch])

@@ -7,6 +7,7 @@ was killed at any moment continues when the same command is run again, and ends 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from pathlib import Path
 
@@ -19,10 +20,11 @@ from jobs.event_log import LogFacts, log_facts, read_events
 from jobs.examples import Vocabulary, build_vocabulary, write_examples
 from jobs.spark import errors_of_workers, read_delta, table_version
 from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, Sizes, open_checkpoint, write_checkpoint
+from models.counts import CountPlan
 from models.errors import CheckpointError, InputError
 from models.files import locked, replace_file
 from models.rivals import HISTORIES
-from models.timelines import count_impressions, timeline_files
+from models.timelines import CELLS, count_impressions, timeline_files
 from models.training import TrainPlan, final_parameters, train
 
 DAY_MS = 86_400_000.0
@@ -36,6 +38,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "vql"
     sizes: Sizes = Sizes()
     half_life_ms: tuple[tuple[float | None, ...], ...] = ((DAY_MS,), (7 * DAY_MS,), (28 * DAY_MS,), (None,))
+    counts: CountPlan | None = None
     examples: ExamplePlan = ExamplePlan()
     length: int = 512
     epochs: int = 1
@@ -73,6 +76,7 @@ def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, proc
         training=facts,
         metrics={"train_loss": _last_loss(work)},
         files={},
+        counts=job.counts,
     )
     made = write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
     pinned.unlink()
@@ -107,6 +111,8 @@ def check_job(job: TrainJob, out: Path) -> None:
         raise InputError(f"model {job.model!r} is none of {', '.join(HISTORIES)}")
     if len({"item_id", *job.fields}) != 1 + len(job.fields):
         raise InputError(f"fields {list(job.fields)}: item_id is always one, and each can be there once")
+    if job.counts and (unknown := [f for f in job.counts.fields if f not in ("item_id", *job.fields)]):
+        raise InputError(f"counted fields {unknown} are none of item_id and the fields {list(job.fields)}")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()):
         raise InputError(f"{out} exists and is no checkpoint; give --checkpoint another path")
 
@@ -114,6 +120,15 @@ def check_job(job: TrainJob, out: Path) -> None:
 def parse_half_lives(texts: list[str]) -> tuple[tuple[float | None, ...], ...]:
     """One text per head, such as "12h", "7d", "never" or "1d,never". Raises InputError."""
     return tuple(tuple(_half_life_ms(part) for part in text.split(",")) for text in texts)
+
+
+def parse_counts(fields: list[str], half_lives: str) -> CountPlan | None:
+    """Fields to count, each at half-lives such as "7d,never"; None for no field. Raises InputError."""
+    if not fields:
+        return None
+    if len(set(fields)) != len(fields):
+        raise InputError(f"counted fields {fields}: each can be there once")
+    return CountPlan(fields=fields, half_life_ms=list(parse_half_lives([half_lives])[0]))
 
 
 def _half_life_ms(text: str) -> float | None:
@@ -149,12 +164,30 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
         half_life_ms=[list(head) for head in job.half_life_ms],
         actions=actions,
         field_rows=[len(values) + 1 for values in vocabulary.fields.values()],
+        counts=job.counts,
         length=job.length,
         epochs=job.epochs,
         batch=job.batch,
         seed=job.seed,
     )
+    if job.counts is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.save(buffer, _cells(job.counts, vocabulary))
+        replace_file(work / CELLS, buffer.getvalue())
     return plan, vocabulary
+
+
+def _cells(counts: CountPlan, vocabulary: Vocabulary) -> np.ndarray:
+    """What each item is counted as (M Q); row 0, the unknown item, is not."""
+    fields = list(vocabulary.fields)
+    return np.stack(
+        [
+            counts.cells_of(f, ["", *vocabulary.fields[f]])[vocabulary.feature_MF[:, fields.index(f)]]
+            for f in counts.fields
+        ],
+        axis=1,
+    )
 
 
 def _distribute(plan: TrainPlan, processes: int) -> None:

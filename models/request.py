@@ -1,7 +1,7 @@
 """What a ranker is asked: candidates for users at a time, with each user's history as item indices.
 
 Shapes: B requests, C candidates, L events of the longest history. Padding has weight 0 (events) or label -1
-(candidates). Indices are rows of the feature table: 0 is the unknown item.
+(candidates). Indices are rows of the feature table: 0 is the unknown item. X numbers of counts (`models.counts`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
+
+from models.counts import Counter
 
 PADDING = -1
 
@@ -40,12 +42,16 @@ class History:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """Candidates to score for B users at their times, and what happened (1, 0, or -1 for padding)."""
+    """Candidates to score for B users at their times, and what happened (1, 0, or -1 for padding).
+
+    count_BCX: how often each user has met each candidate and its like; X is 0 where nothing is counted.
+    """
 
     candidate_BC: Int64[torch.Tensor, "B C"]
     label_BC: Float32[torch.Tensor, "B C"]
     now_ms_B: Int64[torch.Tensor, "B"]
     history: History
+    count_BCX: Float32[torch.Tensor, "B C X"]
 
     def to(self, device: torch.device) -> Request:
         """The same, on this device."""
@@ -66,8 +72,11 @@ class Impression:
     weight_L: np.ndarray
 
 
-def collate(impressions: Sequence[Impression], length: int | None = None) -> Request:
-    """A batch of impressions, each with its newest `length` events (all, when None)."""
+def collate(impressions: Sequence[Impression], length: int | None = None, counter: Counter | None = None) -> Request:
+    """A batch of impressions, each with its newest `length` events (all, when None).
+
+    Counts are of all events before the impression, however few are attended to: a row has them all too.
+    """
     longest = max(1, *(len(i.item_L) for i in impressions))
     width = min(longest, length or longest)
     candidates = max(len(i.candidate_C) for i in impressions)
@@ -81,7 +90,16 @@ def collate(impressions: Sequence[Impression], length: int | None = None) -> Req
 
     candidate_BC = np.zeros((len(impressions), candidates), np.int64)
     label_BC = np.full((len(impressions), candidates), PADDING, np.float32)
+    count_BCX = np.zeros((len(impressions), candidates, 0 if counter is None else counter.plan.width), np.float32)
     for b, impression in enumerate(impressions):
+        if counter is not None:
+            count_BCX[b, : len(impression.candidate_C)] = counter.of_history(
+                impression.item_L,
+                impression.time_ms_L,
+                impression.weight_L,
+                impression.candidate_C,
+                impression.now_ms,
+            )
         candidate_BC[b, : len(impression.candidate_C)] = impression.candidate_C
         label_BC[b, : len(impression.label_C)] = impression.label_C
     return Request(
@@ -94,4 +112,5 @@ def collate(impressions: Sequence[Impression], length: int | None = None) -> Req
             time_ms_BL=history("time_ms_L", np.int64),
             weight_BL=history("weight_L", np.float32),
         ),
+        count_BCX=torch.from_numpy(count_BCX),
     )

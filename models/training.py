@@ -20,18 +20,22 @@ import torch
 from torch import nn
 
 from models.checkpoint import Sizes
+from models.counts import Counter, CountPlan
 from models.files import replace_file
 from models.ranker import Ranker, Shape, VqlHistory, loss
 from models.request import Impression, Request, collate
 from models.rivals import HISTORIES
-from models.timelines import FEATURES, batches, count_impressions, timeline_files
+from models.timelines import CELLS, FEATURES, batches, count_impressions, timeline_files
 
 COMMITMENT = 0.01
 KEY_SAMPLE = 20_000
 
 
 class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """All that decides a run. `examples` and `work` are folders; FEATURES in `examples` is the feature table."""
+    """All that decides a run. `examples` and `work` are folders; FEATURES in `examples` is the feature table.
+
+    A plan that counts has CELLS in `work`.
+    """
 
     model: str
     examples: str
@@ -40,6 +44,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     half_life_ms: list[list[float | None]]
     actions: list[str]
     field_rows: list[int]
+    counts: CountPlan | None = None
     length: int = 512
     epochs: int = 1
     batch: int = 32
@@ -59,6 +64,7 @@ class _Run:
     optimizers: list[torch.optim.Optimizer]
     generator: torch.Generator
     steps: int
+    counter: Counter | None
     step: int = 0
 
 
@@ -76,7 +82,7 @@ def train(plan: TrainPlan) -> Path:
     _trim_log(log, run.step)
     started_s, shown_s = time.monotonic(), 0.0
     for impressions in _batches_from(run, rank, world):
-        value = _step(run, collate(impressions, plan.length))
+        value = _step(run, collate(impressions, plan.length, run.counter))
         if rank == 0:
             elapsed_s = time.monotonic() - started_s
             with log.open("a") as file:
@@ -102,10 +108,15 @@ def final_parameters(plan: TrainPlan) -> dict[str, np.ndarray]:
 def new_ranker(plan: TrainPlan) -> Ranker:
     """The model of a plan, untrained."""
     shape = Shape(
-        sizes=plan.sizes, half_life_ms=plan.half_life_ms, actions=len(plan.actions), field_rows=plan.field_rows
+        sizes=plan.sizes,
+        half_life_ms=plan.half_life_ms,
+        actions=len(plan.actions),
+        field_rows=plan.field_rows,
+        counting=plan.counts,
     )
     features = torch.from_numpy(np.load(Path(plan.examples) / FEATURES))
-    return Ranker(shape, features, HISTORIES[plan.model](shape))
+    cell_MQ = None if plan.counts is None else np.load(Path(plan.work) / CELLS)
+    return Ranker(shape, features, HISTORIES[plan.model](shape), cell_MQ)
 
 
 def _begin(plan: TrainPlan, world: int) -> _Run:
@@ -120,6 +131,7 @@ def _begin(plan: TrainPlan, world: int) -> _Run:
         optimizers=_optimizers(ranker, plan),
         generator=torch.default_generator,
         steps=per_epoch * plan.epochs,
+        counter=ranker.counter,
     )
 
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.checkpoint import Sizes
-from models.timelines import FEATURES, SCHEMA
+from models.counts import CountPlan
+from models.timelines import CELLS, FEATURES, SCHEMA
 from models.training import TrainPlan
 from tests.small import HOUR_MS, START_MS
 
@@ -21,6 +22,14 @@ def feature_table() -> np.ndarray:
     """Embedding rows (id, category) of ITEMS items and of the unknown one."""
     item = np.arange(ITEMS + 1)
     return np.stack([item, np.where(item > 0, item % CATEGORIES + 1, 0)], axis=1)
+
+
+def cell_table(counts: CountPlan) -> np.ndarray:
+    """What the items of feature_table are counted as, item i5 of category c2 by these names; the unknown one is not."""
+    names = {"item_id": [f"i{n}" for n in range(1, ITEMS + 1)], "category": [f"c{n}" for n in range(1, CATEGORIES + 1)]}
+    fields = list(names)
+    cells = [counts.cells_of(f, ["", *names[f]])[feature_table()[:, fields.index(f)]] for f in counts.fields]
+    return np.stack(cells, axis=1)
 
 
 def write_small_examples(folder: Path, users: int = 40, seed: int = 0) -> Path:
@@ -69,4 +78,8 @@ def small_plan(folder: Path, model: str = "vql", **changes) -> TrainPlan:
         "batch": 16,
         "save_every_steps": 7,
     }
-    return TrainPlan(**(settings | changes))
+    plan = TrainPlan(**(settings | changes))
+    if plan.counts is not None:
+        Path(plan.work).mkdir(parents=True, exist_ok=True)
+        np.save(Path(plan.work) / CELLS, cell_table(plan.counts))
+    return plan

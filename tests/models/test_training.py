@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from jobs.evaluate import quality, score_raw
+from models.counts import CountPlan
 from models.errors import InputError
 from models.rivals import HISTORIES
 from models.timelines import impressions_of, timeline_files
 from models.training import final_parameters, new_ranker, train
+from tests.small import HOUR_MS
 from tests.small_examples import small_plan
 
 RUN = """
@@ -53,6 +55,19 @@ def test_vql_learns_what_no_history_cannot(tmp_path):
         impressions = [i for f in timeline_files(Path(plan.examples)) for i in impressions_of(f)]
         gauc[model] = quality(score_raw(ranker.eval(), impressions)).gauc
     assert gauc["vql"] > gauc["no_history"] + 0.1
+
+
+def test_counts_alone_learn_what_no_history_cannot(tmp_path):
+    gauc = []
+    for counts in (None, CountPlan(fields=["item_id", "category"], half_life_ms=[24.0 * HOUR_MS, None])):
+        plan = small_plan(tmp_path, "no_history", epochs=12, counts=counts, work=str(tmp_path / f"work-{len(gauc)}"))
+        train(plan)
+        ranker = new_ranker(plan)
+        ranker.load_state_dict({name: torch.from_numpy(a) for name, a in final_parameters(plan).items()})
+        impressions = [i for f in timeline_files(Path(plan.examples)) for i in impressions_of(f)]
+        gauc.append(quality(score_raw(ranker.eval(), impressions)).gauc)
+    without, counted = gauc
+    assert counted > without + 0.1
 
 
 def test_the_same_plan_gives_the_same_parameters(tmp_path):
