@@ -5,8 +5,9 @@
 Softmax attention cannot tell a repeat from a likeness; a count can. A (field, value) is a hash, its cell, and all
 fields share one space of cells: a count-min sketch (Cormode & Muthukrishnan, 2005) of depth one that is so wide that a
 user touches few of its cells, of which only these are kept. So the counts of a user are a cache (`models.cache`) of one
-group and one head, whose codewords are cells and whose values have no width: its laws are theirs, and its merge, decay
-and empty are used as they are. Like those, counts are as of the reference time of the row, that of its newest event.
+group and one head, whose codewords are cells and whose values have no width: its laws and limits are theirs, and its
+merge, decay and empty are used as they are. Like those, counts are as of the reference time of the row, that of its
+newest event.
 
 Cell 0 is no cell: what an unknown item or a missing value has. It is neither counted nor found.
 

@@ -115,6 +115,8 @@ def test_the_whole_cache_is_the_formula_over_every_event(window, batch):
 
 def test_retracted_events_leave_no_cell_in_the_row():
     using, log = make_fold(2), make_log(20, gap=1)
+    # Of one time: what is left of an event beside a retracted one ten million times heavier is noise, as in the cache.
+    log["time"] = log["time"][0]
     undo = log.copy()
     undo["position"] += np.uint64(1000 << 16)
     undo["weight"] *= -1
