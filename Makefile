@@ -35,8 +35,9 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV)
 
 .venv/ready: .venv/bin/uv requirements.lock pyproject.toml
+# Compiled: where Python may not write bytecode itself, each of the many processes would compile torch and Spark anew.
 	@echo "installing into .venv (about 6 GB; one to a few minutes)"
-	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes requirements.lock
+	$(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	$(BIN)/vql setup
 	@touch $@

@@ -15,18 +15,16 @@ import msgspec
 from feature_repo.redis_scripts import GENERATION
 from feature_repo.redis_state import server_state
 from feature_repo.sqlite_store import SqliteRows
-from feature_repo.store import Backfill, Fault, Progress, RowStore
+from feature_repo.store import Fault, Progress, RowStore
 
 EMBEDDED = "embedded (SQLite)"
 
 
-class CheckpointCondition(msgspec.Struct, frozen=True, kw_only=True):
-    """What the store holds of a checkpoint; positions are (epoch, offset) by partition."""
+class CheckpointCondition(Progress, frozen=True, kw_only=True):
+    """What the store holds of a checkpoint."""
 
     checkpoint_id: str
     rows: int
-    positions: dict[int, tuple[int, int]]
-    backfill: Backfill | None
 
 
 class Condition(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,9 +40,7 @@ def examine(rows: RowStore, checkpoint_id: str | None = None, clock: Callable[[]
     if isinstance(rows, SqliteRows):
         if not rows.path.exists():
             fault = Fault(what=f"there is no store at {rows.path}", remedy="run vql backfill, or name another --state")
-            return Condition(
-                facts={"kind": "embedded (SQLite)", "file": str(rows.path)}, checkpoints=[], faults=[fault]
-            )
+            return Condition(facts={"kind": EMBEDDED, "file": str(rows.path)}, checkpoints=[], faults=[fault])
         facts, faults = _embedded(rows)
     else:
         facts, faults = _redis(rows, clock)
@@ -67,7 +63,7 @@ def _checkpoint(rows: RowStore, checkpoint_id: str) -> CheckpointCondition:
 
 
 def _checkpoint_faults(found: CheckpointCondition) -> Iterator[Fault]:
-    if not Progress(positions=found.positions, backfill=found.backfill).begun:
+    if not found.begun:
         yield Fault(
             what=f"checkpoint {found.checkpoint_id} has neither a backfill nor positions, so readers refuse it",
             remedy="run vql backfill, or wait until the stream has committed its first positions",

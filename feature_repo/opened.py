@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from models.checkpoint import Checkpoint
 from models.errors import CheckpointError
+from models.files import FileVersion, file_version
 from models.row import Fold
 
 LOOK_EVERY_S = 5.0
@@ -72,9 +73,5 @@ class Opened:
         self._fold = self.checkpoint.fold()
         _log.info("item table loaded", extra={"items": len(self._fold.table)})
 
-    def _version(self) -> tuple[int, int, int] | None:
-        try:
-            found = (self.checkpoint.items_path / "items.json").stat()
-        except OSError:
-            return None
-        return found.st_mtime_ns, found.st_ino, found.st_size
+    def _version(self) -> FileVersion | None:
+        return file_version(self.checkpoint.items_path / "items.json")

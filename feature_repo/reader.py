@@ -19,8 +19,9 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -137,36 +138,20 @@ class Reader:
 
     def read(self, user_ids: Sequence[str]) -> Read:
         """The caches of these users, recent events folded in."""
-        started_s = time.perf_counter()
-        try:
+        started_s, fetched = time.perf_counter(), None
+        with self._lateness():
             if self.limits.deadline_s is None:
                 fetched = self._fetch(user_ids)
-            else:
-                asked = self._ask(user_ids)
-                fetched = None if asked is None else asked.result(self.limits.deadline_s)
-        except (TimeoutError, UnavailableError):
-            if self.limits.deadline_s is None:
-                raise
-            fetched = None
-        except StoreError:
-            self.metrics.refuse()
-            raise
+            elif (asked := self._ask(user_ids)) is not None:
+                fetched = asked.result(self.limits.deadline_s)
         return self._answer(user_ids, fetched, started_s)
 
     async def read_async(self, user_ids: Sequence[str]) -> Read:
         """`read` for an event loop, which is free meanwhile."""
-        started_s = time.perf_counter()
-        try:
-            asked = self._ask(user_ids)
-            waited = None if asked is None else asyncio.wrap_future(asked)
-            fetched = None if waited is None else await asyncio.wait_for(waited, self.limits.deadline_s)
-        except (TimeoutError, UnavailableError):
-            if self.limits.deadline_s is None:
-                raise
-            fetched = None
-        except StoreError:
-            self.metrics.refuse()
-            raise
+        started_s, fetched = time.perf_counter(), None
+        with self._lateness():
+            if (asked := self._ask(user_ids)) is not None:
+                fetched = await asyncio.wait_for(asyncio.wrap_future(asked), self.limits.deadline_s)
         return self._answer(user_ids, fetched, started_s)
 
     def read_rows(self, user_ids: Sequence[str]) -> tuple[list[Row | None], dict[str, str]]:
@@ -186,6 +171,18 @@ class Reader:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._fillers.shutdown(wait=False)
         self.rows.close()
+
+    @contextmanager
+    def _lateness(self) -> Iterator[None]:
+        """With a deadline, a store that is late or away is no error; one that is lost is counted, and is one."""
+        try:
+            yield
+        except (TimeoutError, UnavailableError):
+            if self.limits.deadline_s is None:
+                raise
+        except StoreError:
+            self.metrics.refuse()
+            raise
 
     def _ask(self, user_ids: Sequence[str]) -> Future[_Fetched] | None:
         """Have a thread make the caches; None when as many as may wait already do.

@@ -36,7 +36,7 @@ FLOOR_DATABASE = 1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """The servers, the checkpoint and the folder of a benchmark."""
+    """The servers, the checkpoint and the folder of a benchmark; options: what every `vql stream` of it is given."""
 
     partitions: int
     kafka: KafkaServer
@@ -44,6 +44,7 @@ class Bench:
     checkpoint: Checkpoint
     folder: Path
     console: Console
+    options: tuple[str, ...] = ()
 
     def say(self, words: str) -> None:
         self.console.print(words, style="dim")
@@ -86,7 +87,7 @@ def streaming(bench: Bench, topic: str, store: str, *options: str) -> Iterator[R
     """`vql stream` on a state folder of its own; ended with the context, if it still runs."""
     state = Path(tempfile.mkdtemp(dir=bench.folder))
     (state / "log").mkdir()
-    command = [sys.executable, "-m", "jobs.cli", "stream", "--topic", topic, *options]
+    command = [sys.executable, "-m", "jobs.cli", "stream", "--topic", topic, *bench.options, *options]
     for option, path in {"checkpoint": bench.checkpoint.path, "log": state / "log", "state": state}.items():
         command += [f"--{option}", str(path)]
     log = state / "stream.err"

@@ -41,7 +41,7 @@ class StreamBench:
     """What to measure. repeats: rounds of all sides, of which each one's median counts.
 
     freshness_s: of each share of capacity; soak_s: of the watch of memory; 0 leaves either out.
-    poisoned: records with a share of bad ones between them, by a seed.
+    poisoned: records with a share of bad ones between them, by a seed. row_cache_mb: None for the stream's default.
     """
 
     events: int
@@ -51,6 +51,7 @@ class StreamBench:
     poisoned: Poisoned
     repeats: int = 3
     partitions: int = 4
+    row_cache_mb: int | None = None
 
 
 def run_stream_bench(plan: StreamBench, console: Console) -> dict[str, Any]:
@@ -76,6 +77,7 @@ def run_stream_bench(plan: StreamBench, console: Console) -> dict[str, Any]:
                 checkpoint=checkpoint,
                 folder=folder,
                 console=console,
+                options=() if plan.row_cache_mb is None else ("--row-cache-mb", str(plan.row_cache_mb)),
             )
             _warm_up(bench)
             figures = {load: _measure(bench, plan, LOADS[load]) for load in plan.loads}
@@ -99,6 +101,7 @@ def _config(plan: StreamBench, checkpoint: Checkpoint) -> dict[str, Any]:
         "partitions": plan.partitions,
         "repeats": plan.repeats,
         "batch": BATCH,
+        "row_cache_mb": plan.row_cache_mb,
         "freshness_s": plan.freshness_s,
         "soak_s": plan.soak_s,
         "sizes": msgspec.structs.asdict(checkpoint.manifest.sizes),

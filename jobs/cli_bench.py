@@ -37,6 +37,9 @@ def stream(
     repeats: Annotated[
         int | None, typer.Option(min=1, help="Rounds of all sides; the median of each side counts.")
     ] = None,
+    row_cache_mb: Annotated[
+        int | None, typer.Option(min=0, help="As vql stream has it. Memory can only be flat once this is full.")
+    ] = None,
     quick: Annotated[
         bool,
         typer.Option(
@@ -71,6 +74,7 @@ def stream(
         soak_s=usual_s if soak_s is None else soak_s,
         poisoned=poisoned,
         repeats=usual_repeats if repeats is None else repeats,
+        row_cache_mb=row_cache_mb,
     )
     figures = run_stream_bench(plan, out)
     write_figures(output, figures)

@@ -57,19 +57,14 @@ def serve(
     configure_logs(log_level)
     from feature_repo.handle import StoreHandle
     from feature_repo.reader import ReadLimits
-    from feature_repo.redis_settings import chosen_redis
     from jobs.scoring import MEANS, placed
     from jobs.serving.batches import BatchRules
     from jobs.serving.server import ServePlan, run_server
 
-    redis = chosen_redis()
-    if redis is not None:
-        # One try: what comes after the deadline is of no use.
-        redis = redis.model_copy(update={"retries": 0})
     run_server(
         ServePlan(
             checkpoint_path=checkpoint.absolute(),
-            store=StoreHandle(state=state, redis=redis),
+            store=StoreHandle(state=state).for_reader(deadline_ms / 1000),
             host=host,
             port=port,
             rules=BatchRules(users_max=batch_users, wait_s=batch_wait_ms / 1000, at_once=threads),

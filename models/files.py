@@ -13,6 +13,9 @@ from pathlib import Path
 
 from models.errors import MachineError
 
+# Time of change (ns), inode, size.
+FileVersion = tuple[int, int, int]
+
 
 def sha256_file(path: Path) -> str:
     """The hex digest of a file."""
@@ -56,3 +59,12 @@ def disk_error(error: OSError, path: Path) -> Exception:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return MachineError(f"no space left to write {path}; free some and run the same command again")
     return error
+
+
+def file_version(path: Path) -> FileVersion | None:
+    """What tells one state of a file from another that replaced it; None where it cannot be looked at."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size

@@ -24,6 +24,7 @@ from pipelines.positions import known_positions
 
 WATCH_INTERVAL_S = 1.0
 _LEADERLESS = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE)
+_URL_SAFE = str.maketrans("+/", "-_")
 Start = Literal["resume", "earliest", "latest"] | Mapping[int, int]
 
 
@@ -190,9 +191,9 @@ def _in_range(topic: Topic, partition: int, offset: int) -> int:
 
 
 def _identity(description: TopicDescription) -> TopicIdentity:
-    return TopicIdentity(
-        name=description.name, topic_id=str(description.topic_id), partitions=len(description.partitions)
-    )
+    # As Kafka's own tools spell it: the client's spelling may have a slash, and folders are named by the id.
+    topic_id = str(description.topic_id).translate(_URL_SAFE)
+    return TopicIdentity(name=description.name, topic_id=topic_id, partitions=len(description.partitions))
 
 
 def _admin(kafka: KafkaSettings, **more: Any) -> AdminClient:

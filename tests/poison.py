@@ -1,6 +1,6 @@
 """Two topics that differ by their poison alone: at its positions, the control has events of a user of its own.
 
-So every other user's events have the same offsets in both, and their rows are to be equal to the last byte.
+So every other user's events have the same offsets in both, and their rows are to be equal.
 """
 
 from __future__ import annotations

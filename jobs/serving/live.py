@@ -15,10 +15,11 @@ import structlog
 
 from jobs.scoring import Scorer
 from models.errors import CheckpointError, VqlError
+from models.files import FileVersion, file_version
 
 LOOK_EVERY_S = 1.0
 _LINE_BYTES = 4096
-_Version = tuple[Path, tuple[tuple[int, int, int] | None, ...]]
+_Version = tuple[Path, tuple[FileVersion | None, ...]]
 
 
 class LiveScorer:
@@ -68,7 +69,7 @@ def version_of(path: Path) -> _Version:
     Raises CheckpointError for a path that names none.
     """
     folder = _folder(path)
-    return folder, tuple(_stamp(folder / name) for name in ("manifest.json", "items/items.json"))
+    return folder, tuple(file_version(folder / name) for name in ("manifest.json", "items/items.json"))
 
 
 def _folder(path: Path) -> Path:
@@ -83,11 +84,3 @@ def _folder(path: Path) -> Path:
     if not named or "\n" in named or not folder.is_dir():
         raise CheckpointError(f"{path} names {named[:200]!r}, which is no directory; write a checkpoint's path into it")
     return folder.resolve()
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_ino, found.st_size

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter as Counts
+from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from jobs.serving.batches import Ranked
 
@@ -44,14 +47,11 @@ class ServeMetrics:
         self.unusable = Gauge(
             "vql_rank_checkpoint_unusable", "1 while the live path names what cannot be loaded.", registry=registry
         )
-        self._live = Gauge(
-            "vql_rank_checkpoint_info", "1 for the live checkpoint.", ["checkpoint_id"], registry=registry
-        )
-        self.went_live("")
+        self._live = _LiveCheckpoint()
+        registry.register(self._live)
 
     def went_live(self, checkpoint_id: str) -> None:
-        self._live.clear()
-        self._live.labels(checkpoint_id).set(1)
+        self._live.checkpoint_id = checkpoint_id
 
     def answered(self, ranked: Ranked, total_s: float) -> None:
         """A request with an answer."""
@@ -64,3 +64,14 @@ class ServeMetrics:
         for stage, seconds in stages.items():
             self._seconds.labels(stage).observe(seconds)
         self._batch_users.observe(ranked.batch_users)
+
+
+class _LiveCheckpoint(Collector):
+    """A gauge with one label at a time: prometheus_client's own keeps the old ones where processes share its files."""
+
+    checkpoint_id = ""
+
+    def collect(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily("vql_rank_checkpoint_info", "1 for the live checkpoint.", labels=["checkpoint_id"])
+        info.add_metric([self.checkpoint_id], 1)
+        yield info

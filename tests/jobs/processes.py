@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-KILL_WAIT_S = 180.0
+KILL_WAIT_S = 300.0
+OUTPUT = "vql.out"
 
 
 def start(arguments: Sequence[object], cwd: Path) -> subprocess.Popen[bytes]:
-    """`vql` with these arguments."""
+    """`vql` with these arguments; what it prints is added to OUTPUT in cwd."""
     command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with (cwd / OUTPUT).open("ab") as output:
+        return subprocess.Popen(command, cwd=cwd, stdout=output, stderr=output)
 
 
 def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:

@@ -2,18 +2,29 @@ from __future__ import annotations
 
 import re
 import time
+from base64 import b64decode, urlsafe_b64decode
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
-from confluent_kafka.admin import NewPartitions
+from confluent_kafka.admin import AdminClient, NewPartitions
 
 from feature_repo.store import Backfill
 from models.errors import InputError, StoreError
 from pipelines import kafka_topic
 from pipelines.kafka_settings import KafkaSettings, kafka_settings
-from pipelines.kafka_topic import KafkaLog, Start, Topic, TopicIdentity, TopicWatch, open_topic, topic_positions
+from pipelines.kafka_topic import (
+    KafkaLog,
+    Start,
+    Topic,
+    TopicIdentity,
+    TopicWatch,
+    describe,
+    open_topic,
+    topic_positions,
+)
 from tests.kafka_broker import PASSWORD, START_WAIT_S, USER, Broker
 
 NOWHERE = kafka_settings(bootstrap_servers="127.0.0.1:1", timeout_s=0.5)
@@ -111,6 +122,20 @@ def test_an_opened_topic_knows_which_it_is_and_what_it_holds(broker: Broker, top
     assert (opened.epoch, opened.begins, opened.ends) == (4, {0: 0, 1: 0}, {0: -1, 1: 6})
     assert (opened.identity.name, opened.identity.partitions) == (topic, 2)
     assert opened == open_topic(KafkaLog(kafka=settings(broker), topic=topic, epoch=4))
+
+
+@pytest.mark.beam
+def test_a_topic_id_can_name_a_folder(broker: Broker) -> None:
+    admin, ids = AdminClient(settings(broker).client()), {}
+    for n in range(20):
+        topic = broker.create_topic(f"named-{n}-{uuid4().hex}")
+        given = describe(admin, topic, START_WAIT_S).result().topic_id
+        ids[str(given)] = open_topic(KafkaLog(kafka=settings(broker), topic=topic)).identity.topic_id
+
+    assert any(set("+/") & set(given) for given in ids)
+    for given, spelled in ids.items():
+        assert urlsafe_b64decode(f"{spelled}==") == b64decode(f"{given}==")
+        assert not set("+/") & set(spelled)
 
 
 @pytest.mark.beam
