@@ -109,9 +109,10 @@ def assert_same(found: Cache, wanted: Cache) -> None:
     assert (found.reference_ms, found.count) == (wanted.reference_ms, wanted.count)
     a, b = by_cell(found), by_cell(wanted)
     np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=1e-28)
-    both = np.intersect1d(found.code_N, wanted.code_N)
-    nets = [counts.net_N[np.isin(counts.code_N, both)] for counts in (found, wanted)]
-    np.testing.assert_array_equal(*nets)
+    if (found.spec.rate_HR == 0).any():
+        # Else an old entry may vanish on its way through one order and not through another, and its net count with it.
+        np.testing.assert_array_equal(found.code_N, wanted.code_N)
+        np.testing.assert_array_equal(found.net_N, wanted.net_N)
 
 
 def by_cell(counts: Cache) -> np.ndarray:
