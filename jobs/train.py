@@ -20,9 +20,10 @@ from jobs.event_log import LogFacts, log_facts, read_events
 from jobs.examples import Vocabulary, build_vocabulary, write_examples
 from jobs.spark import errors_of_workers, read_delta, table_version
 from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, Sizes, open_checkpoint, write_checkpoint
-from models.counts import CountPlan
+from models.counts import CountPlan, exact_cells
 from models.errors import CheckpointError, InputError
 from models.files import locked, replace_file
+from models.model_names import EXACT_COUNTS, counts_exactly, may_count
 from models.rivals import HISTORIES
 from models.timelines import CELLS, count_impressions, timeline_files
 from models.training import TrainPlan, final_parameters, train
@@ -107,8 +108,12 @@ def check_job(job: TrainJob, out: Path) -> None:
         raise InputError(f"{len(job.half_life_ms)} half-lives for {job.sizes.heads} heads; give one per head")
     if len({len(head) for head in job.half_life_ms}) != 1:
         raise InputError(f"every head needs as many rates as the others: {job.half_life_ms}")
-    if job.model not in HISTORIES:
-        raise InputError(f"model {job.model!r} is none of {', '.join(HISTORIES)}")
+    if job.model.removesuffix(EXACT_COUNTS) not in HISTORIES:
+        raise InputError(f"model {job.model!r} is none of {', '.join(HISTORIES)}, nor one of these with {EXACT_COUNTS}")
+    if job.counts is not None and not may_count(job.model):
+        raise InputError(f"{job.model} is given no counts; {job.model}{EXACT_COUNTS} is")
+    if job.counts is None and counts_exactly(job.model):
+        raise InputError(f"{job.model} has nothing to count")
     if len({"item_id", *job.fields}) != 1 + len(job.fields):
         raise InputError(f"fields {list(job.fields)}: item_id is always one, and each can be there once")
     if job.counts and (unknown := [f for f in job.counts.fields if f not in ("item_id", *job.fields)]):
@@ -173,14 +178,16 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
     if job.counts is not None:
         work.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        np.save(buffer, _cells(job.counts, vocabulary))
+        np.save(buffer, item_cells(job.model, job.counts, vocabulary))
         replace_file(work / CELLS, buffer.getvalue())
     return plan, vocabulary
 
 
-def _cells(counts: CountPlan, vocabulary: Vocabulary) -> np.ndarray:
+def item_cells(model: str, counts: CountPlan, vocabulary: Vocabulary) -> np.ndarray:
     """What each item is counted as (M Q); row 0, the unknown item, is not."""
     fields = list(vocabulary.fields)
+    if counts_exactly(model):
+        return exact_cells(vocabulary.feature_MF, fields, counts)
     return np.stack(
         [
             counts.cells_of(f, ["", *vocabulary.fields[f]])[vocabulary.feature_MF[:, fields.index(f)]]

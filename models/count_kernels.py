@@ -1,7 +1,8 @@
 """The compiled forms of `models.counts`: one user's fold, and the counts of a batch from the bytes of its rows.
 
 What `models.cache_kernels` does for caches, for entries that are a thousand times sparser: cells are merged in order,
-where codewords are scattered into dense sums. Shapes: as in `counts`, with B users and E events.
+where codewords are scattered into dense sums. And the counts along a timeline, which training reads. Shapes: as in
+`counts`, with B users and E events.
 """
 
 from __future__ import annotations
@@ -102,3 +103,38 @@ def _count_rows_loop(place_B, event_N, cell_MQ, rate_R, reference_ms_B, start_B,
 
 
 count_rows_kernel = numba.njit(cache=True, nogil=True)(unwrap(_count_rows_loop))
+
+
+def _timeline_loop(event_NQ, time_ms_N, weight_N, end_I, now_ms_I, bound_I, asked_CQ, cells, rate_R):
+    """The counts of asked_CQ, of which impression i has bound_I[i]:bound_I[i + 1], from the events before end_I[i].
+
+    As of the impression's now. Cells are numbered from 0. In one pass: a cell's sum is kept as of the newest of its
+    events. Returns C x Q x R.
+    """
+    rates, fields = rate_R.shape[0], event_NQ.shape[1]
+    sum_UR, newest_U = np.zeros((cells, rates)), np.zeros(cells, np.int64)
+    count_CQR = np.empty((asked_CQ.shape[0], fields, rates), np.float32)
+    done = 0
+    for i in np.argsort(end_I, kind="mergesort"):
+        for n in range(done, end_I[i]):
+            for q in range(fields):
+                u = event_NQ[n, q]
+                age_ms = time_ms_N[n] - newest_U[u]
+                newest_U[u] += max(age_ms, 0)
+                for r in range(rates):
+                    shrunk = np.exp(-rate_R[r] * abs(age_ms))
+                    if age_ms >= 0:
+                        sum_UR[u, r] = sum_UR[u, r] * shrunk + weight_N[n]
+                    else:
+                        sum_UR[u, r] += weight_N[n] * shrunk
+        done = max(done, end_I[i])
+        for c in range(bound_I[i], bound_I[i + 1]):
+            for q in range(fields):
+                u = asked_CQ[c, q]
+                for r in range(rates):
+                    shrunk = np.exp(-rate_R[r] * (now_ms_I[i] - newest_U[u]))
+                    count_CQR[c, q, r] = max(sum_UR[u, r] * shrunk, 0.0)
+    return count_CQR
+
+
+timeline_kernel = numba.njit(cache=True, nogil=True)(unwrap(_timeline_loop))

@@ -11,7 +11,7 @@ newest event.
 
 Cell 0 is no cell: what an unknown item or a missing value has. It is neither counted nor found.
 
-Shapes: N events, M items, C candidates, Q counted fields, R decay rates of counts; X = Q * R.
+Shapes: N events, M items, F item fields, C candidates, Q counted fields, R decay rates of counts; X = Q * R.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from jaxtyping import Float32, Float64, Int64, UInt16
+from jaxtyping import Float32, Float64, Int32, Int64, Integer, UInt16
 
 from models import cache
 from models.cache import Cache, CacheSpec, EncodedEvents
-from models.count_kernels import BEYOND, NO_CELL, count_kernel
+from models.count_kernels import BEYOND, NO_CELL, count_kernel, timeline_kernel
 
 
 class CountPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,21 +131,55 @@ def read(counts: Cache, cell_CQ: UInt16[np.ndarray, "C Q"], now_ms: int) -> Floa
     return mass_NR[np.where(found_CQ, at_CQ, -1)].reshape(len(cell_CQ), -1).astype(np.float32)
 
 
+class Asked(NamedTuple):
+    """Candidates at a time, who are to be counted in the first `end` events of a timeline."""
+
+    end: int
+    now_ms: int
+    candidate_C: np.ndarray
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counter:
-    """Counts from raw events, with the cells of known items (row 0, the unknown item, has none)."""
+    """Counts from raw events, with the cells of known items (row 0, the unknown item, has none).
+
+    Cells are those of `CountPlan.cells_of`, or any numbers: each its own, and counts are exact.
+    """
 
     plan: CountPlan
-    cell_MQ: UInt16[np.ndarray, "M Q"]
+    cell_MQ: Integer[np.ndarray, "M Q"]
 
-    def of_history(
-        self, item_N: np.ndarray, time_ms_N: np.ndarray, weight_N: np.ndarray, candidate_C: np.ndarray, now_ms: int
-    ) -> Float32[np.ndarray, "C X"]:
-        """What `read` gives of a row of these events."""
-        events = CountedEvents(
-            cell_NQ=self.cell_MQ[item_N],
-            time_ms_N=time_ms_N.astype(np.int64, copy=False),
-            weight_N=weight_N.astype(np.float32, copy=False),
+    def of_timeline(
+        self, item_N: np.ndarray, time_ms_N: np.ndarray, weight_N: np.ndarray, asked: Sequence[Asked]
+    ) -> list[Float32[np.ndarray, "C X"]]:
+        """What `read` gives of rows of these events, for all that is asked in one pass over them."""
+        fields, bound_I = len(self.plan.fields), np.cumsum([0, *(len(a.candidate_C) for a in asked)])
+        event_NQ = self.cell_MQ[item_N]
+        asked_CQ = self.cell_MQ[np.concatenate([a.candidate_C for a in asked])]
+        cells, at = np.unique(np.concatenate([event_NQ, asked_CQ]), return_inverse=True)
+        at = at.reshape(-1, fields)
+        count_CQR = timeline_kernel(
+            at[: len(event_NQ)],
+            time_ms_N.astype(np.int64, copy=False),
+            weight_N.astype(np.float64),
+            np.array([a.end for a in asked]),
+            np.array([a.now_ms for a in asked]),
+            bound_I,
+            at[len(event_NQ) :],
+            len(cells),
+            self.plan.rate_R,
         )
-        counts = fold(cache.empty(self.plan.spec("")), events)
-        return read(counts, self.cell_MQ[candidate_C], now_ms)
+        count_CQR[asked_CQ == NO_CELL] = 0.0
+        return np.split(count_CQR.reshape(len(asked_CQ), -1), bound_I[1:-1])
+
+
+def exact_cells(
+    feature_MF: Int64[np.ndarray, "M F"], fields: Sequence[str], plan: CountPlan
+) -> Int32[np.ndarray, "M Q"]:
+    """A cell of its own for each value of each counted field: counts as no sketch has them.
+
+    feature_MF are the items' values by number, 0 for none, of these fields.
+    """
+    value_MQ = feature_MF[:, [list(fields).index(field) for field in plan.fields]]
+    start_Q = np.cumsum([0, *value_MQ.max(axis=0)[:-1]])
+    return np.where(value_MQ > 0, start_Q + value_MQ, NO_CELL).astype(np.int32)

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import Int64, UInt16
 
 from models.checkpoint import Checkpoint
+from models.counts import exact_cells
 from models.errors import CheckpointError
+from models.model_names import counts_exactly
 from models.ranker import Ranker, Shape
-from models.rivals import HISTORIES
+from models.rivals import HISTORIES, new_history
 
 
 def load_ranker(
@@ -18,7 +20,7 @@ def load_ranker(
     """The trained model in evaluation mode. Raises CheckpointError when the parameters do not fit the manifest.
 
     feature_MF are the embedding rows of the items it will be asked about, and cell_MQ what these are counted as: the
-    item table's, usually. A checkpoint that counts needs cells.
+    item table's, usually. A checkpoint that counts in its rows needs cells.
     """
     manifest = checkpoint.manifest
     tensors = {name: torch.from_numpy(array) for name, array in checkpoint.tensors().items()}
@@ -30,9 +32,15 @@ def load_ranker(
         field_rows=rows,
         counting=manifest.counts,
     )
-    if manifest.model not in HISTORIES:
-        raise CheckpointError(f"{checkpoint.path} holds a model {manifest.model!r}; known are {list(HISTORIES)}")
-    ranker = Ranker(shape, torch.from_numpy(feature_MF), HISTORIES[manifest.model](shape), cell_MQ)
+    try:
+        history = new_history(manifest.model, shape)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a model {manifest.model!r}; known are {list(HISTORIES)}"
+        ) from error
+    if manifest.counts is not None and counts_exactly(manifest.model):
+        cell_MQ = exact_cells(feature_MF, manifest.fields, manifest.counts)
+    ranker = Ranker(shape, torch.from_numpy(feature_MF), history, cell_MQ)
     try:
         ranker.load_state_dict(tensors)
     except RuntimeError as error:

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt16
+from jaxtyping import Float, Int64, Integer
 from torch import nn
 from torch.nn import functional
 
@@ -173,7 +173,8 @@ class VqlHistory(nn.Module):
 class Ranker(nn.Module):
     """Scores candidates from their own context, from what `history` reads of the user, and from counts.
 
-    cell_MQ: what each item is counted as, for a shape that counts (`CountPlan.cells_of`).
+    cell_MQ: what each item is counted as, for a shape that counts: as rows have it (`CountPlan.cells_of`), or, for a
+    rival, exactly (`counts.exact_cells`).
     """
 
     cell_MQ: torch.Tensor
@@ -184,7 +185,7 @@ class Ranker(nn.Module):
         shape: Shape,
         feature_MF: Int64[torch.Tensor, "M F"],
         history: nn.Module,
-        cell_MQ: UInt16[np.ndarray, "M Q"] | None = None,
+        cell_MQ: Integer[np.ndarray, "M Q"] | None = None,
     ) -> None:
         super().__init__()
         counting = shape.counting
@@ -251,7 +252,7 @@ class Ranker(nn.Module):
         """Counts from raw histories, for `collate`; None where nothing is counted."""
         if self.counting is None:
             return None
-        return Counter(plan=self.counting, cell_MQ=self.cell_MQ.cpu().numpy().astype(np.uint16))
+        return Counter(plan=self.counting, cell_MQ=self.cell_MQ.cpu().numpy())
 
 
 def _take(rows: torch.Tensor, at_BL: torch.Tensor) -> torch.Tensor:

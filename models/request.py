@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 
-from models.counts import Counter
+from models.counts import Asked, Counter
 
 PADDING = -1
 
@@ -71,6 +71,11 @@ class Impression:
     time_ms_L: np.ndarray
     weight_L: np.ndarray
 
+    def counts(self, counter: Counter) -> np.ndarray:
+        """How often the user has met each candidate and its like (C X)."""
+        asked = Asked(len(self.item_L), self.now_ms, self.candidate_C)
+        return counter.of_timeline(self.item_L, self.time_ms_L, self.weight_L, [asked])[0]
+
 
 def collate(impressions: Sequence[Impression], length: int | None = None, counter: Counter | None = None) -> Request:
     """A batch of impressions, each with its newest `length` events (all, when None).
@@ -93,13 +98,7 @@ def collate(impressions: Sequence[Impression], length: int | None = None, counte
     count_BCX = np.zeros((len(impressions), candidates, 0 if counter is None else counter.plan.width), np.float32)
     for b, impression in enumerate(impressions):
         if counter is not None:
-            count_BCX[b, : len(impression.candidate_C)] = counter.of_history(
-                impression.item_L,
-                impression.time_ms_L,
-                impression.weight_L,
-                impression.candidate_C,
-                impression.now_ms,
-            )
+            count_BCX[b, : len(impression.candidate_C)] = impression.counts(counter)
         candidate_BC[b, : len(impression.candidate_C)] = impression.candidate_C
         label_BC[b, : len(impression.label_C)] = impression.label_C
     return Request(

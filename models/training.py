@@ -24,7 +24,7 @@ from models.counts import Counter, CountPlan
 from models.files import replace_file
 from models.ranker import Ranker, Shape, VqlHistory, loss
 from models.request import Impression, Request, collate
-from models.rivals import HISTORIES
+from models.rivals import new_history
 from models.timelines import CELLS, FEATURES, batches, count_impressions, timeline_files
 
 COMMITMENT = 0.01
@@ -116,7 +116,7 @@ def new_ranker(plan: TrainPlan) -> Ranker:
     )
     features = torch.from_numpy(np.load(Path(plan.examples) / FEATURES))
     cell_MQ = None if plan.counts is None else np.load(Path(plan.work) / CELLS)
-    return Ranker(shape, features, HISTORIES[plan.model](shape), cell_MQ)
+    return Ranker(shape, features, new_history(plan.model, shape), cell_MQ)
 
 
 def _begin(plan: TrainPlan, world: int) -> _Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from models.timelines import CELLS, FEATURES, SCHEMA
 from models.training import TrainPlan
 from tests.small import HOUR_MS, START_MS
 
+# From (user id, category, draws) to a row of SCHEMA.
+User = Callable[[str, int, np.random.Generator], dict]
 ITEMS, CATEGORIES = 40, 4
 SIZES = Sizes(width=8, heads=4, groups=2, codewords=8, key_width=4, value_width=4, window=4)
 
@@ -32,11 +35,11 @@ def cell_table(counts: CountPlan) -> np.ndarray:
     return np.stack(cells, axis=1)
 
 
-def write_small_examples(folder: Path, users: int = 40, seed: int = 0) -> Path:
-    """Timelines in two files, and the feature table."""
+def write_small_examples(folder: Path, users: int = 40, seed: int = 0, user: User | None = None) -> Path:
+    """Timelines in two files, and the feature table. user makes one of these users, with a taste for a category."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    rows = [_user(f"u{u}", u % CATEGORIES, rng) for u in range(users)]
+    rows = [(user or _user)(f"u{u}", u % CATEGORIES, rng) for u in range(users)]
     for part, chunk in enumerate((rows[: users // 2], rows[users // 2 :])):
         pq.write_table(pa.Table.from_pylist(chunk, SCHEMA), folder / f"part-{part:05d}.parquet")
     np.save(folder / FEATURES, feature_table())
@@ -59,6 +62,21 @@ def _user(user_id: str, taste: int, rng: np.random.Generator) -> dict:
         "candidate": [[int(rng.choice(liked)), *rng.choice(other, 3).tolist()] for _ in ends],
         "label": [[1, 0, 0, 0] for _ in ends],
     }
+
+
+def repeating_user(user_id: str, taste: int, rng: np.random.Generator) -> dict:
+    """Of the items of one category the user always takes the same few, each time any of them.
+
+    What is asked is which of them, beside others of the category: for a model of likeness they are all alike.
+    """
+    liked = rng.permutation([i for i in range(1, ITEMS + 1) if i % CATEGORIES == taste])
+    own, strange = liked[: len(liked) // 2], liked[len(liked) // 2 :]
+    row = _user(user_id, taste, rng)
+    item = rng.choice(own, len(row["item"]))
+    # Each of them is met before anything is asked.
+    item[: len(own)] = own
+    asked = [[int(rng.choice(own)), *rng.choice(strange, 3, replace=False).tolist()] for _ in row["end"]]
+    return row | {"item": item.tolist(), "candidate": asked}
 
 
 def small_plan(folder: Path, model: str = "vql", **changes) -> TrainPlan:

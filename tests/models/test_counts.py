@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from models.cache import Cache, decay, empty, merge
 from models.count_kernels import BEYOND, NO_CELL
-from models.counts import CountedEvents, Counter, CountPlan, delta, fold, read
+from models.counts import Asked, CountedEvents, Counter, CountPlan, delta, exact_cells, fold, read
 from tests.models.test_cache import HALF_LIVES_MS, HOUR_MS, START_MS
 
 TOLERANCE = 3e-6
@@ -201,6 +201,27 @@ def test_a_cell_whose_event_was_retracted_is_absent_in_any_order_and_batching(ti
     assert counts.count == len(order)
 
 
+@pytest.mark.parametrize("half_lives", [10, 101, 145, 1_000, 100_000])
+def test_after_many_half_lives_old_counts_are_what_the_formula_says_and_new_ones_are_whole(half_lives):
+    plan = make_plan(fields=1, rates=5)
+    cell_NQ, weight_N = np.array([[5], [6], [5], [9]], np.uint16), np.array([3.0, 2.0, 0.25, 1.0], np.float32)
+    later_ms = START_MS + half_lives * HOUR_MS
+    events = CountedEvents(
+        cell_NQ=cell_NQ, time_ms_N=np.array([START_MS, START_MS, later_ms, later_ms]), weight_N=weight_N
+    )
+    wanted = direct(plan, events, later_ms)
+    for counts in (delta(spec_of(plan), events), fold_batches(plan, events, [1, 2]), fold_batches(plan, events, [3])):
+        assert_formula(plan, counts, events)
+        # 6 was met long ago alone, 5 long ago and now.
+        assert read(counts, np.array([[9]], np.uint16), later_ms).tolist() == [[1.0] * 5]
+        found = read(counts, np.array([[5], [6], [7]], np.uint16), later_ms)
+        np.testing.assert_allclose(found, [wanted[5][0], wanted[6][0], [0.0] * 5], rtol=1e-5, atol=1e-29)
+    waited = fold(empty(spec_of(plan)), take(events, slice(0, 2)))
+    found = read(waited, np.array([[5], [6]], np.uint16), later_ms)
+    left_R = [1.0 if h is None else 0.5 ** (half_lives * HOUR_MS / h) for h in plan.half_life_ms]
+    np.testing.assert_allclose(found, np.outer([3.0, 2.0], left_R), rtol=1e-5, atol=1e-29)
+
+
 def test_an_event_without_a_cell_moves_the_reference_time_and_no_count():
     plan = make_plan(fields=1)
     first = CountedEvents(
@@ -232,19 +253,94 @@ def test_cells_are_the_same_on_every_machine_and_in_every_version():
     assert make_plan().cells_of("item_id", ["i1", "i2"]).tolist() == [58820, 13206]
 
 
-def test_counts_of_a_history_are_those_of_its_row():
-    plan = make_plan(fields=2, rates=2)
-    items = [f"i{n}" for n in range(20)]
-    cells = [plan.cells_of("item_id", ["", *items]), plan.cells_of("category", ["", *(f"c{n % 3}" for n in range(20))])]
-    counter = Counter(plan=plan, cell_MQ=np.stack(cells, axis=1))
+def small_counter() -> Counter:
+    """Items i0 to i19 of three categories, counted with a half-life of an hour and without end."""
+    plan, numbers = make_plan(fields=2, rates=2), range(20)
+    cells = [
+        plan.cells_of("item_id", ["", *(f"i{n}" for n in numbers)]),
+        plan.cells_of("category", ["", *(f"c{n % 3}" for n in numbers)]),
+    ]
+    return Counter(plan=plan, cell_MQ=np.stack(cells, axis=1))
+
+
+def test_counts_of_a_history_are_the_sum():
     item_N = np.array([1, 1, 4, 0, 2])
-    time_N, now_ms = START_MS + np.arange(5) * HOUR_MS, START_MS + 5 * HOUR_MS
-    found = counter.of_history(item_N, time_N, np.ones(5, np.float32), np.array([1, 4, 7, 3, 0]), now_ms)
+    time_N, asked = START_MS + np.arange(5) * HOUR_MS, Asked(5, START_MS + 5 * HOUR_MS, np.array([1, 4, 7, 3, 0]))
+    (found,) = small_counter().of_timeline(item_N, time_N, np.ones(5, np.float32), [asked])
     # i0, i0, i3, unknown, i1: categories c0, c0, c0, none, c1. The first half-life is an hour, the second never.
     decayed = [2.0**-5 + 2.0**-4, 2.0**-3, 2.0**-1]
     category = [2.0**-5 + 2.0**-4 + 2.0**-3, 3.0]
     wanted = [[decayed[0], 2.0, *category], [decayed[1], 1.0, *category], [0, 0, *category], [0, 0, 0, 0], [0, 0, 0, 0]]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+@st.composite
+def timelines(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Asked]]:
+    """Events in the order of a log, some late and some retracted, and what is asked at some of them, in any order."""
+    n = draw(st.integers(0, 12))
+    item_N = draw(hnp.arrays(np.int64, n, elements=st.integers(0, 20)))
+    time_N = draw(hnp.arrays(np.int64, n, elements=st.integers(START_MS, START_MS + 900 * HOUR_MS)))
+    weight_N = draw(hnp.arrays(np.float32, n, elements=st.sampled_from([0.5, 1.0, 2.0])))
+    taken_back = draw(st.lists(st.integers(0, n - 1), unique=True, max_size=3)) if n else []
+    at = [*range(n), *taken_back]
+    sign_N = np.array([1.0] * n + [-1.0] * len(taken_back), np.float32)
+    asked = [
+        Asked(end, START_MS + 900 * HOUR_MS + wait, np.array(candidates))
+        for end, wait, candidates in draw(
+            st.lists(
+                st.tuples(
+                    st.integers(0, len(at)),
+                    st.integers(0, 50 * HOUR_MS),
+                    st.lists(st.integers(0, 20), min_size=1, max_size=5),
+                ),
+                min_size=1,
+                max_size=4,
+            )
+        )
+    ]
+    return item_N[at], time_N[at], weight_N[at] * sign_N, asked
+
+
+@laws
+@given(timelines())
+def test_counts_along_a_timeline_are_those_of_the_rows_of_its_parts(case):
+    item_N, time_N, weight_N, asked = case
+    counter = small_counter()
+    found = counter.of_timeline(item_N, time_N, weight_N, asked)
+    for (end, now_ms, candidate_C), count_CX in zip(asked, found, strict=True):
+        events = CountedEvents(cell_NQ=counter.cell_MQ[item_N[:end]], time_ms_N=time_N[:end], weight_N=weight_N[:end])
+        row = fold(empty(spec_of(counter.plan)), events)
+        # What cancelled is nothing in a row, and rounding here.
+        np.testing.assert_allclose(
+            count_CX,
+            read(row, counter.cell_MQ[candidate_C], now_ms),
+            rtol=1e-5,
+            atol=1e-5 * np.abs(weight_N).max(initial=0),
+        )
+
+
+def test_exact_cells_collide_with_nothing_and_count_as_a_sketch_without_collisions():
+    plan, fields = make_plan(fields=2, rates=2), ["item_id", "brand", "category"]
+    feature_MF = np.array([[0, 0, 0], *([n, 1 + n % 5, 1 + n % 3] for n in range(1, 21))])
+    feature_MF[7, 2] = 0
+    cell_MQ = exact_cells(feature_MF, fields, plan)
+    assert (cell_MQ[0] == NO_CELL).all()
+    assert cell_MQ[7, 1] == NO_CELL
+    values = {(q, int(feature_MF[m, f])): int(cell_MQ[m, q]) for m in range(1, 21) for q, f in enumerate((0, 2))}
+    known = {cell for (_, value), cell in values.items() if value > 0}
+    assert len(known) == 20 + 3
+    assert NO_CELL not in known
+    rng = np.random.default_rng(0)
+    item_N, time_N = rng.integers(0, 21, 60), START_MS + np.sort(rng.integers(0, 99 * HOUR_MS, 60))
+    asked = [Asked(60, START_MS + 100 * HOUR_MS, np.arange(21))]
+    names = [["", *(f"i{n}" for n in range(1, 21))], [f"c{v}" if v else "" for v in feature_MF[:, 2]]]
+    hashed = np.stack([plan.cells_of(f, n) for f, n in zip(plan.fields, names, strict=True)], axis=1)
+    found, wanted = (
+        Counter(plan=plan, cell_MQ=cells).of_timeline(item_N, time_N, np.ones(60, np.float32), asked)[0]
+        for cells in (cell_MQ, hashed)
+    )
+    np.testing.assert_array_equal(found, wanted)
+    assert (found > 0).any(axis=0).all()
 
 
 @pytest.mark.parametrize(("fields", "lives", "cells"), [([], [None], 9), (["a"], [], 9), (["a"], [1.0], 1)])

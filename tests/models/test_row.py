@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -125,6 +127,36 @@ def test_retracted_events_leave_no_cell_in_the_row():
     assert counts is not None
     assert (len(counts.code_N), counts.count) == (0, 40)
     assert len(decode_counts(row.folded_data, counts.spec).code_N) > 0
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_tombstone_erases_the_counts_before_it_and_leaves_those_after(window):
+    using, log = make_fold(window), make_log(40, gap=1)
+    log["weight"][25] = 0
+    row = advance_all(using, [log[:10], log[10:27], log[27:]])
+    counts = whole_counts(row, using)
+    assert counts is not None
+    assert_counts_formula(COUNTS, counts, using.encode_counted(log[26:]))
+    gone = advance_all(using, [log[:26]])
+    erased = whole_counts(gone, using)
+    assert erased is not None
+    assert (len(erased.code_N), erased.count) == (0, 0)
+
+
+@laws
+@given(st.sampled_from(WINDOWS), st.lists(st.integers(1, 39), max_size=6), st.lists(st.integers(0, 19), max_size=5))
+def test_counts_of_a_row_are_the_formula_however_its_log_with_retractions_is_cut(window, cuts, taken_back):
+    using, log = make_fold(window), make_log(40, gap=1)
+    # Retractions follow their events: the second half takes back some of the first.
+    for n, event in enumerate(sorted(set(taken_back))):
+        position = log["position"][20 + n] & ~np.uint64(0xFFFF) | log["position"][event] & np.uint64(0xFFFF)
+        log[20 + n] = log[event]
+        log["position"][20 + n], log["weight"][20 + n] = position, -log["weight"][event]
+    bounds = [0, *sorted(set(cuts)), 40]
+    row = advance_all(using, [log[a:b] for a, b in pairwise(bounds)])
+    counts = whole_counts(row, using)
+    assert counts is not None
+    assert_counts_formula(COUNTS, counts, using.encode_counted(log))
 
 
 def test_a_checkpoint_without_counts_has_rows_without_them():

@@ -158,6 +158,8 @@ def test_a_header_says_what_the_part_holds():
 
 
 def decoders(name: str):
+    if "counts" in name:
+        return lambda data: decode_counts(data, COUNTS.spec(OURS))
     return (lambda data: decode_folded(data, small_spec())) if "folded" in name else (lambda d: decode_recent(d, OURS))
 
 
