@@ -162,13 +162,12 @@ def read(
 @app.command("counts")
 def counts(
     output: Output,
-    work: Annotated[
-        Path, typer.Option(resolve_path=True, help="Folder for log, examples and checkpoints; continued from.")
-    ],
+    work: Annotated[Path, typer.Option(resolve_path=True, help="Folder for examples and trainings; continued from.")],
     side: Annotated[list[str], typer.Option(help="Only these sides; repeatable.")] = [],
     protocol: Annotated[list[str], typer.Option(help="raw or fair; repeatable.")] = ["raw", "fair"],
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each side.")] = 2,
-    per_user: Annotated[int, typer.Option(min=1, help="Impressions of a household, to train on and to rank.")] = 8,
+    per_user: Annotated[int, typer.Option(min=1, help="Baskets of a household to train on.")] = 8,
+    ranked_per_user: Annotated[int, typer.Option(min=1, help="Baskets of a household to rank.")] = 3,
     length: Annotated[int, typer.Option(min=1, help="Events of history per training example.")] = 256,
 ) -> None:
     """What counts are worth: VQL on completejourney without them, with those of rows, and with exact ones.
@@ -188,6 +187,7 @@ def counts(
         protocols=tuple(choice("--protocol", name, ("raw", "fair")) for name in protocol),
         seeds=seeds,
         per_user=per_user,
+        ranked_per_user=ranked_per_user,
         length=length,
     )
     figures = run_counts_bench(plan, work, out)
