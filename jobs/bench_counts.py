@@ -30,7 +30,7 @@ from jobs.sampling import Items
 from jobs.train import DAY_MS, TrainJob, item_cells
 from models.checkpoint import OTHER_ACTION
 from models.count_kernels import NO_CELL
-from models.counts import CountPlan
+from models.counts import Counter, CountPlan
 from models.model_names import EXACT_COUNTS
 from models.request import Impression
 from models.timelines import CELLS, FEATURES, impressions_of, timeline_files
@@ -94,7 +94,10 @@ def run_counts_bench(bench: CountsBench, work: Path, said: Console) -> dict[str,
                 figures[protocol][side].append(found)
                 said.print(f"{protocol}, seed {seed}, {side}: GAUC {found.gauc:.4f}, AUC {found.auc:.4f}")
         figures["impressions"] = len(impressions)
-        figures["bytes"] = {side: _size_bytes(SIDES[side], data.vocabulary, impressions) for side in bench.sides}
+        figures["bytes"] = {side: size_bytes(SIDES[side], data.vocabulary, impressions) for side in bench.sides}
+        figures[protocol]["misread"] = {
+            side: misread(SIDES[side], data.vocabulary, impressions) for side in bench.sides if SIDES[side][1]
+        }
     return figures
 
 
@@ -191,7 +194,7 @@ def _reads(model: str) -> int | None:
     return READS.get(model.removesuffix(EXACT_COUNTS))
 
 
-def _size_bytes(
+def size_bytes(
     side: tuple[str, CountPlan | None], vocabulary: Vocabulary, impressions: Sequence[Impression]
 ) -> dict[str, float]:
     """What counts take in the rows of the users of these impressions; as if exact ones were kept so."""
@@ -203,3 +206,18 @@ def _size_bytes(
     cells_U = [len(np.setdiff1d(cell_MQ[impression.item_L], NO_CELL)) for impression in newest.values()]
     size_U = 3 * SECTION_BYTES + np.array(cells_U) * (2 + 4 + 4 * len(counts.half_life_ms))
     return {"mean": round(float(size_U.mean()), 1), "p99": round(float(np.quantile(size_U, 0.99)), 1)}
+
+
+def misread(
+    side: tuple[str, CountPlan | None], vocabulary: Vocabulary, impressions: Sequence[Impression]
+) -> dict[str, float]:
+    """The share of candidates whose count of a field, at the longest half-life, collisions make larger."""
+    model, counts = side
+    assert counts is not None
+    cells = (
+        item_cells(each, counts, vocabulary) for each in (model, f"{model.removesuffix(EXACT_COUNTS)}{EXACT_COUNTS}")
+    )
+    counters = [Counter(plan=counts, cell_MQ=cell_MQ) for cell_MQ in cells]
+    found, exact = (np.concatenate([i.counts(counter) for i in impressions]) for counter in counters)
+    more_CQ = (found > exact * 1.001 + 1e-3).reshape(len(found), len(counts.fields), -1)[..., -1]
+    return dict(zip(counts.fields, more_CQ.mean(axis=0).round(5).tolist(), strict=True))
