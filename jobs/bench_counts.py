@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 from rich.console import Console
 
 from jobs.baskets import ExamplePlan
@@ -34,7 +33,7 @@ from models.counts import Counter, CountPlan
 from models.model_names import EXACT_COUNTS
 from models.request import Impression
 from models.timelines import CELLS, FEATURES, impressions_of, timeline_files
-from models.training import TrainPlan, final_parameters, new_ranker, train
+from models.training import TrainPlan, train, trained_ranker
 from models.wire import SECTION_BYTES
 
 ITEM, ITEM_AND_CATEGORY = ["item_id"], ["item_id", "category"]
@@ -185,9 +184,7 @@ def _plan(bench: CountsBench, data: Purchases, side: str, examples: Path, seed: 
 
 def _quality(plan: TrainPlan, impressions: Sequence[Impression]) -> Quality:
     train(plan)
-    ranker = new_ranker(plan)
-    ranker.load_state_dict({name: torch.from_numpy(array) for name, array in final_parameters(plan).items()})
-    return quality(score_raw(ranker.eval(), impressions, _reads(plan.model)))
+    return quality(score_raw(trained_ranker(plan), impressions, _reads(plan.model)))
 
 
 def _reads(model: str) -> int | None:

@@ -20,6 +20,8 @@ from jobs.cli_bench import app as bench
 from jobs.cli_data import app as data
 from jobs.cli_dead_letters import app as dead_letters
 from jobs.cli_doctor import doctor
+from jobs.cli_evaluate import evaluate
+from jobs.cli_inspect import inspect
 from jobs.cli_options import CheckpointPath, Log, MaxFuture, State, choice, offsets, pairs
 from jobs.cli_serve import serve
 from jobs.cli_size import size
@@ -36,7 +38,8 @@ app = typer.Typer(
     help="A streaming per-codeword cache that gives rankers attention over a user's whole history.\n\n"
     "The way of an event: [b]ingest[/b] (files to the log), [b]train[/b] (log to checkpoint), [b]encode-items[/b], "
     "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]serve[/b] (scores over HTTP). "
-    "[b]rank[/b] shows one user; [b]demo[/b] goes all of it; [b]data[/b] makes logs of public data sets. "
+    "[b]rank[/b] shows one user; [b]demo[/b] goes all of it; [b]data[/b] makes logs of public data sets, "
+    "[b]evaluate[/b] compares models on one, [b]inspect[/b] shows a checkpoint. "
     "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store; [b]bench[/b] "
     "measures, [b]size[/b] tells the memory of a store.",
 )
@@ -237,6 +240,8 @@ def backfill(
 
 
 app.command(context_settings={"allow_extra_args": True})(stream)
+app.command()(evaluate)
+app.command()(inspect)
 app.command()(serve)
 app.command()(doctor)
 app.command()(size)

@@ -76,6 +76,27 @@ def build_vocabulary(events: DataFrame, static: DataFrame | None, fields: list[s
     return Vocabulary(fields=values, feature_MF=feature_MF)
 
 
+def extended(vocabulary: Vocabulary, events: DataFrame, static: DataFrame | None) -> Vocabulary:
+    """With the items of these events that it lacks: they have its rows of fields, and the row of unknown ids.
+
+    So a model of the vocabulary can be asked about items that came after its training.
+    """
+    fields = list(vocabulary.fields)[1:]
+    index = {field: {v: i + 1 for i, v in enumerate(values)} for field, values in vocabulary.fields.items()}
+    now = build_vocabulary(events, static, fields)
+    rows = [
+        [index[field].get(now.fields[field][row - 1], 0) if row else 0 for field, row in zip(fields, rows, strict=True)]
+        for rows in now.feature_MF[1:, 1:].tolist()
+    ]
+    new = [i for i, item_id in enumerate(now.fields["item_id"]) if item_id not in index["item_id"]]
+    feature_NF = np.array([[0, *rows[i]] for i in new], np.int64).reshape(len(new), 1 + len(fields))
+    item_ids = vocabulary.fields["item_id"] + [now.fields["item_id"][i] for i in new]
+    return Vocabulary(
+        fields={**vocabulary.fields, "item_id": item_ids},
+        feature_MF=np.concatenate([vocabulary.feature_MF, feature_NF]),
+    )
+
+
 def write_examples(
     spark: SparkSession, events: DataFrame, vocabulary: Vocabulary, actions: list[str], plan: ExamplePlan, out: Path
 ) -> None:

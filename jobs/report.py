@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import importlib.metadata
-import io
 import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 import msgspec
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from jobs.evaluate import Quality, Scores, quality
 from jobs.ingest import IngestReport
 from jobs.parity import RowParity
+from jobs.plots import bars, new_figure, write_page
 from models.files import replace_file
 
 PACKAGES = ("apache-beam", "feast", "pyspark", "delta-spark", "deltalake", "torch", "pyarrow", "numpy", "numba")
@@ -96,11 +93,14 @@ def write_report(folder: Path, evidence: Evidence) -> Report:
     """Write report.json and report.html into the folder."""
     report = _report(evidence)
     replace_file(folder / "report.json", msgspec.json.format(msgspec.json.encode(report), indent=2))
-    template = Environment(loader=PackageLoader("jobs", "."), autoescape=True, undefined=StrictUndefined).get_template(
-        "report.html.j2"
+    write_page(
+        folder / "report.html",
+        "report.html.j2",
+        _plots(evidence),
+        report=report,
+        evidence=evidence,
+        machine=_machine(),
     )
-    html = template.render(report=report, evidence=evidence, plots=_plots(evidence), machine=_machine())
-    replace_file(folder / "report.html", html.encode())
     return report
 
 
@@ -149,26 +149,20 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
 
 
-def _plots(evidence: Evidence) -> list[tuple[str, str]]:
-    """(caption, PNG as a data URI) of each plot."""
-    figures = [
-        ("Training loss (running mean of 20 steps)", _loss_plot(evidence)),
-        ("Items by codeword, each group sorted by use: a flat line is a well used codebook", _usage_plot(evidence)),
-        ("Bytes of a row by events in it", _bytes_plot(evidence)),
-        ("Scores from the cache against scores from attention over the raw history", _score_plot(evidence)),
-        ("Throughput of each stage that handles events, start-up included", _throughput_plot(evidence)),
-        ("Seconds by stage", _bars(evidence.stage_s, "s")),
-    ]
-    return [(caption, _data_uri(figure)) for caption, figure in figures]
-
-
-def _figure() -> tuple[Figure, mpl.axes.Axes]:
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
-    return figure, figure.subplots()
+def _plots(evidence: Evidence) -> dict[str, Figure]:
+    """The plots by caption."""
+    return {
+        "Training loss (running mean of 20 steps)": _loss_plot(evidence),
+        "Items by codeword, each group sorted by use: a flat line is a well used codebook": _usage_plot(evidence),
+        "Bytes of a row by events in it": _bytes_plot(evidence),
+        "Scores from the cache against scores from attention over the raw history": _score_plot(evidence),
+        "Throughput of each stage that handles events, start-up included": _throughput_plot(evidence),
+        "Seconds by stage": bars(evidence.stage_s, "s"),
+    }
 
 
 def _loss_plot(evidence: Evidence) -> Figure:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for model, losses in evidence.losses.items():
         smooth = np.convolve(losses, np.ones(20) / 20, "valid") if len(losses) >= 20 else np.array(losses)
         axes.plot(np.arange(len(smooth)) + len(losses) - len(smooth), smooth, label=model)
@@ -178,7 +172,7 @@ def _loss_plot(evidence: Evidence) -> Figure:
 
 
 def _usage_plot(evidence: Evidence) -> Figure:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     for g, usage in enumerate(evidence.usage_GK):
         axes.plot(np.sort(usage)[::-1], label=f"group {g}: {int((usage > 0).sum())} used")
     axes.set(xlabel="codeword, by rank", ylabel="items", yscale="symlog")
@@ -187,7 +181,7 @@ def _usage_plot(evidence: Evidence) -> Figure:
 
 
 def _bytes_plot(evidence: Evidence) -> Figure:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     axes.scatter(evidence.row_events_U, evidence.row_bytes_U, s=4, alpha=0.4, label="row")
     events = np.geomspace(1, max(2, evidence.row_events_U.max()), 50)
     axes.plot(events, 24 * events, "--", color="gray", label="raw events of 24 bytes")
@@ -197,7 +191,7 @@ def _bytes_plot(evidence: Evidence) -> Figure:
 
 
 def _score_plot(evidence: Evidence) -> Figure:
-    figure, axes = _figure()
+    figure, axes = new_figure()
     axes.scatter(evidence.scores["vql_raw"].logit_N, evidence.scores["vql"].logit_N, s=2, alpha=0.3)
     axes.set(xlabel="logit from the raw history", ylabel="logit from the cache")
     return figure
@@ -210,18 +204,4 @@ def _throughput_plot(evidence: Evidence) -> Figure:
         "stream": evidence.streamed.events_folded,
         "redeliver": evidence.redelivered.events_skipped,
     }
-    return _bars({stage: n / evidence.stage_s[stage] for stage, n in events.items()}, "events/s")
-
-
-def _bars(values: dict[str, float], unit: str) -> Figure:
-    figure, axes = _figure()
-    axes.barh(list(values), list(values.values()))
-    axes.invert_yaxis()
-    axes.set(xlabel=unit)
-    return figure
-
-
-def _data_uri(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return bars({stage: n / evidence.stage_s[stage] for stage, n in events.items()}, "events/s")

@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 import numpy as np
-from pyspark.sql import SparkSession
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from jobs.baskets import ExamplePlan
 from jobs.event_log import LogFacts, log_facts, read_events
@@ -21,18 +23,24 @@ from jobs.examples import Vocabulary, build_vocabulary, write_examples
 from jobs.spark import errors_of_workers, read_delta, table_version
 from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, Sizes, open_checkpoint, write_checkpoint
 from models.counts import CountPlan, exact_cells
+from models.diagnostics import Diagnostics
 from models.errors import CheckpointError, InputError
 from models.files import locked, replace_file
 from models.model_names import EXACT_COUNTS, counts_exactly, may_count
+from models.quantisation import diagnose
 from models.rivals import HISTORIES
-from models.timelines import CELLS, count_impressions, timeline_files
-from models.training import TrainPlan, final_parameters, train
+from models.timelines import CELLS, count_impressions, drawn_events, timeline_files
+from models.training import TrainPlan, final_parameters, train, trained_ranker
 
 DAY_MS = 86_400_000.0
+DIAGNOSED_EVENTS = 50_000
 
 
 class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
-    """What to train and on what; versions None read the newest of events and items, and record which that was."""
+    """What to train and on what; versions None read the newest of events and items, and record which that was.
+
+    before_ms: events from then on are as if they were not in the log. None: all of them.
+    """
 
     log: str
     fields: tuple[str, ...] = ()
@@ -47,17 +55,17 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     seed: int = 0
     log_version: int | None = None
     items_version: int | None = None
+    before_ms: int | None = None
 
 
 @errors_of_workers()
 def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, processes: int = 1) -> Checkpoint:
     """Train and write the checkpoint `out`. Raises InputError for an empty log or unknown model settings."""
     check_job(job, out)
-    pinned = work / f"pinned-{_digest([job, str(out)])}.json"
+    pinned = work / f"pinned-{digest([job, str(out)])}.json"
     job = _pin(spark, job, pinned)
     facts = _training_facts(job, log_facts(spark, Path(job.log) / "events"))
-    # The number of processes decides the batches, and so the result.
-    work = work / f"{job.model}-{_digest([facts, processes])}"
+    work = run_folder(work, job.model, facts, processes)
     try:
         if finished := _already(out, facts):
             pinned.unlink()
@@ -76,6 +84,7 @@ def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, proc
         fields=list(vocabulary.fields),
         training=facts,
         metrics={"train_loss": _last_loss(work)},
+        diagnostics=_diagnostics(plan) if job.model == "vql" else None,
         files={},
         counts=job.counts,
     )
@@ -150,14 +159,13 @@ def _half_life_ms(text: str) -> float | None:
 def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan, Vocabulary]:
     """The examples and the plan of the run."""
     events = read_events(spark, Path(job.log), job.log_version)
-    # The actions of the checkpoint are those the log shows.
-    seen = [row[0] for row in events.select("action").distinct().orderBy("action").limit(255).collect()]
-    actions = [OTHER_ACTION, *(a for a in seen if a != OTHER_ACTION)]
+    if job.before_ms is not None:
+        events = events.where(F.col("event_time_ms") < job.before_ms)
+    actions = known_actions(events)
     items = read_delta(spark, Path(job.log) / "items", job.items_version) if job.fields else None
     vocabulary = build_vocabulary(events, items, list(job.fields))
-    examples = (
-        work.parent / f"examples-{_digest([job.log, job.log_version, job.items_version, job.fields, job.examples])}"
-    )
+    of = [job.log, job.log_version, job.items_version, job.fields, job.before_ms, job.examples]
+    examples = work.parent / f"examples-{digest(of)}"
     write_examples(spark, events, vocabulary, actions, job.examples, examples)
     if count_impressions(timeline_files(examples)) == 0:
         raise InputError(f"{job.log} gives no examples: no user has events at two times and items to draw against")
@@ -197,6 +205,12 @@ def item_cells(model: str, counts: CountPlan, vocabulary: Vocabulary) -> np.ndar
     )
 
 
+def known_actions(events: DataFrame) -> list[str]:
+    """The actions of a checkpoint that is trained on these events: those they show."""
+    seen = [row[0] for row in events.select("action").distinct().orderBy("action").limit(255).collect()]
+    return [OTHER_ACTION, *(a for a in seen if a != OTHER_ACTION)]
+
+
 def _distribute(plan: TrainPlan, processes: int) -> None:
     """Run the trainer under TorchDistributor, on this machine's cores."""
     from pyspark.ml.torch.distributor import TorchDistributor
@@ -233,12 +247,23 @@ def _already(out: Path, facts: dict[str, str | int | float]) -> Checkpoint | Non
 def _training_facts(job: TrainJob, log: LogFacts) -> dict[str, str | int | float]:
     """What decides the parameters. The log is named by its id: where it lies does not matter."""
     return {
-        "job": _digest(msgspec.structs.replace(job, log=log.log_id)),
+        "job": digest(msgspec.structs.replace(job, log=log.log_id)),
         "log_version": job.log_version if job.log_version is not None else -1,
         "seed": job.seed,
         "epochs": job.epochs,
         "length": job.length,
     }
+
+
+def run_folder(work: Path, model: str, facts: Mapping[str, str | int | float], processes: int = 1) -> Path:
+    """Where a training with these facts (Manifest.training) has its state and its log, loss.jsonl."""
+    # The number of processes decides the batches, and so the result.
+    return work / f"{model}-{digest([facts, processes])}"
+
+
+def _diagnostics(plan: TrainPlan) -> Diagnostics:
+    """Of the trained model, on events of its training."""
+    return diagnose(trained_ranker(plan), drawn_events(timeline_files(Path(plan.examples)), DIAGNOSED_EVENTS))
 
 
 def _last_loss(work: Path) -> float:
@@ -248,5 +273,6 @@ def _last_loss(work: Path) -> float:
     return round(float(np.mean(losses[-max(1, len(losses) // 10) :])), 6)
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """A name for what is made of this value alone."""
     return hashlib.sha256(msgspec.json.encode(value)).hexdigest()[:12]

@@ -26,6 +26,7 @@ from safetensors.numpy import save
 
 from models.cache import CacheSpec
 from models.counts import CountPlan
+from models.diagnostics import Diagnostics
 from models.errors import CheckpointError
 from models.files import disk_error, sha256_file
 from models.item_table import load_table
@@ -59,7 +60,10 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """manifest.json. half_life_ms is H x R with null for "never"; actions[0] is "other"; counts null: none are kept."""
+    """manifest.json. half_life_ms is H x R with null for "never"; actions[0] is "other"; diagnostics: of vql alone.
+
+    counts: null where none are kept.
+    """
 
     model: str
     sizes: Sizes
@@ -70,6 +74,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float]
     files: dict[str, str]
     counts: CountPlan | None = None
+    diagnostics: Diagnostics | None = None
     format_version: int = FORMAT_VERSION
 
 

@@ -56,6 +56,36 @@ def impressions_of(file: Path) -> list[Impression]:
     return impressions
 
 
+def drawn_events(files: Sequence[Path], count: int, seed: int = 0) -> Impression:
+    """About so many events as impressions of the first files saw them, as the history of one impression at 0 ms.
+
+    Each impression gives as many, drawn with replacement; the candidates are those of all of them, shuffled.
+    """
+    rng = np.random.default_rng(seed)
+    impressions: list[Impression] = []
+    for file in files:
+        impressions += impressions_of(file)
+        if len(impressions) >= count:
+            break
+    each = -(-count // len(impressions))
+    drawn = [(one, rng.integers(0, len(one.item_L), each)) for one in impressions]
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(one, name)[at] for one, at in drawn])
+
+    candidate_C = rng.permutation(np.concatenate([one.candidate_C for one in impressions]))
+    return Impression(
+        user_id="",
+        now_ms=0,
+        candidate_C=candidate_C,
+        label_C=np.zeros(len(candidate_C)),
+        item_L=column("item_L"),
+        action_L=column("action_L"),
+        time_ms_L=np.concatenate([one.time_ms_L[at] - one.now_ms for one, at in drawn]),
+        weight_L=column("weight_L"),
+    )
+
+
 def count_impressions(files: Sequence[Path]) -> int:
     """Impressions in all files, without their candidates."""
     return sum(len(pq.read_table(f, columns=["end"])["end"].combine_chunks().flatten()) for f in files)

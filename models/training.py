@@ -81,12 +81,15 @@ def train(plan: TrainPlan) -> Path:
     log = Path(plan.work) / "loss.jsonl"
     _trim_log(log, run.step)
     started_s, shown_s = time.monotonic(), 0.0
+    step_s = started_s
     for impressions in _batches_from(run, rank, world):
         value = _step(run, collate(impressions, plan.length, run.counter))
         if rank == 0:
-            elapsed_s = time.monotonic() - started_s
+            now_s = time.monotonic()
+            elapsed_s = now_s - started_s
             with log.open("a") as file:
-                file.write(f'{{"step": {run.step}, "loss": {value:.6f}}}\n')
+                file.write(f'{{"step": {run.step}, "loss": {value:.6f}, "seconds": {now_s - step_s:.6f}}}\n')
+            step_s = now_s
             if elapsed_s - shown_s > 5 or run.step == run.steps:
                 print(f"  {plan.model}: step {run.step}/{run.steps}  loss {value:.4f}  {elapsed_s:.0f} s", flush=True)
                 shown_s = elapsed_s
@@ -103,6 +106,13 @@ def final_parameters(plan: TrainPlan) -> dict[str, np.ndarray]:
     """The trained parameters by name."""
     state = torch.load(Path(plan.work) / "final.pt", weights_only=True)
     return {name: tensor.numpy() for name, tensor in state["model"].items()}
+
+
+def trained_ranker(plan: TrainPlan) -> Ranker:
+    """The model of a plan that has run, in evaluation mode."""
+    ranker = new_ranker(plan)
+    ranker.load_state_dict({name: torch.from_numpy(array) for name, array in final_parameters(plan).items()})
+    return ranker.eval()
 
 
 def new_ranker(plan: TrainPlan) -> Ranker:

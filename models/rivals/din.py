@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from models.ranker import Shape
-from models.rivals.events import LogAge
+from models.rivals.events import EVENT_BYTES, LogAge
 
 WINDOW = 50
 HIDDEN = 36
@@ -28,6 +28,10 @@ class DinHistory(nn.Module):
         self.age = age
         self.unit = nn.Sequential(nn.PReLU(), nn.Linear(HIDDEN, 1))
         self.value = nn.Linear(width, shape.sizes.heads * shape.sizes.value_width, bias=False)
+
+    def user_bytes(self, length: int) -> int:
+        """The newest events."""
+        return min(length, WINDOW) * EVENT_BYTES
 
     def forward(self, candidate_BCd, encoder, request):
         newest = request.history.newest(WINDOW)

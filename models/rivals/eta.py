@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from models.ranker import Shape
+from models.rivals.events import EVENT_BYTES
 from models.rivals.simhash import WORD, nearest, sides
 from models.rivals.target_attention import TargetAttention, take
 
@@ -33,6 +34,10 @@ class EtaHistory(nn.Module):
     @property
     def value(self) -> nn.Linear:
         return self.attention.value
+
+    def user_bytes(self, length: int) -> int:
+        """Every event has to be at hand, for any of them may be near a candidate."""
+        return length * EVENT_BYTES
 
     def forward(self, candidate_BCd, encoder, request):
         history = request.history

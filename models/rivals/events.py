@@ -10,6 +10,10 @@ from jaxtyping import Float, Int64
 from torch import nn
 from torch.nn import functional
 
+from models.wire import RECENT
+
+# A raw event as a row of the cache holds it.
+EVENT_BYTES = RECENT.itemsize
 # Half octaves from a second: the last bucket begins at 96 years.
 AGE_BUCKETS = 64
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from models.ranker import Shape, VqlHistory
+from models.rivals.events import EVENT_BYTES
 
 
 class FullHistory(nn.Module):
@@ -21,6 +22,10 @@ class FullHistory(nn.Module):
     def value(self) -> nn.Linear:
         """Where the candidate's own projection starts."""
         return self.attention.value
+
+    def user_bytes(self, length: int) -> int:
+        """Every event."""
+        return length * EVENT_BYTES
 
     def forward(self, candidate_BCd, encoder, request):
         return self.attention(candidate_BCd, encoder, request)

@@ -18,6 +18,10 @@ class MeanHistory(nn.Module):
         self.action = nn.Embedding(shape.actions, width)
         self.value = nn.Linear(width, shape.sizes.heads * shape.sizes.value_width, bias=False)
 
+    def user_bytes(self, length: int) -> int:
+        """The sum of vectors and of weights as float32, whatever the length."""
+        return 4 * (self.action.embedding_dim + 1)
+
     def forward(self, candidate_BCd, encoder, request):
         history = request.history
         event_BLd = item_vectors(encoder, history.item_BL) + self.action(history.action_BL)

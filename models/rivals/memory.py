@@ -52,6 +52,10 @@ class MemoryHistory(nn.Module):
         self.first_SV = nn.Parameter(torch.randn(SLOTS, self.values) * self.values**-0.5)
         self.query = nn.Linear(width, self.values + 1)
 
+    def user_bytes(self, length: int) -> int:
+        """The controller's state as float32, whatever the length."""
+        return 4 * (SLOTS * self.values + self.values + self.controller.hidden_size)
+
     def forward(self, candidate_BCd, encoder, request):
         history = request.history
         event_BLd = item_vectors(encoder, history.item_BL) + self.action(history.action_BL)

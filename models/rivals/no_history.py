@@ -14,5 +14,9 @@ class NoHistory(nn.Module):
         super().__init__()
         self.width = shape.sizes.heads * shape.sizes.value_width
 
+    def user_bytes(self, length: int) -> int:
+        """Nothing."""
+        return 0
+
     def forward(self, candidate_BCd, encoder, request):
         return candidate_BCd.new_zeros(*candidate_BCd.shape[:2], self.width), candidate_BCd.new_zeros(())

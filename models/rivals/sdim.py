@@ -36,6 +36,10 @@ class SdimHistory(nn.Module):
         self.value = nn.Linear(width, shape.sizes.heads * shape.sizes.value_width, bias=False)
         self.register_buffer("plane_dm", torch.randn(width, ROUNDS * ROUND_BITS))
 
+    def user_bytes(self, length: int) -> int:
+        """The buckets as float16, whatever the length."""
+        return BUCKETS * self.action.embedding_dim * 2
+
     def forward(self, candidate_BCd, encoder, request):
         history = request.history
         bucket_BSd = self.buckets(encoder(history.item_BL), history.action_BL, history.weight_BL)

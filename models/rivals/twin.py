@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from models.ranker import Shape
-from models.rivals.events import LogAge, item_vectors
+from models.rivals.events import EVENT_BYTES, LogAge, item_vectors
 
 FINALISTS = 100
 CROSS_FEATURES = 2
@@ -47,6 +47,10 @@ class TwinHistory(nn.Module):
         self.out = nn.Linear(values, values, bias=False)
         # The head compares what is seen with the candidate number by number, so both start in the same space.
         nn.init.eye_(self.out.weight)
+
+    def user_bytes(self, length: int) -> int:
+        """Every event has to be at hand, for any of them may be near a candidate."""
+        return length * EVENT_BYTES
 
     def forward(self, candidate_BCd, encoder, request):
         history = request.history

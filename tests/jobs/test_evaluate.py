@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from jobs.backfill import backfill
-from jobs.evaluate import Scores, group_auc, quality, score_cached, score_raw
+from jobs.evaluate import Scores, group_auc, quality, score_cached, score_raw, user_aucs
 from models.checkpoint import open_checkpoint
 from models.load import load_ranker
 from models.ranker import Ranker
@@ -25,7 +28,7 @@ def scores(*users: list[tuple[float, int]]) -> Scores:
     """(logit, label) of each user's candidates."""
     flat = [(logit, label, u) for u, rows in enumerate(users) for logit, label in rows]
     logit_N, label_N, user_N = map(np.array, zip(*flat, strict=True))
-    return Scores(logit_N=logit_N, label_N=label_N, user_N=user_N)
+    return Scores(logit_N=logit_N, label_N=label_N, user_N=user_N, seen_N=np.zeros(len(label_N), bool))
 
 
 PERFECT = [(2.0, 1), (1.0, 0), (0.0, 0)]
@@ -48,8 +51,20 @@ def test_a_user_with_one_class_has_no_part_in_gauc() -> None:
 def test_gauc_finds_a_users_candidates_wherever_they_are() -> None:
     whole = scores(PERFECT, WRONG, PERFECT)
     order = np.random.default_rng(0).permutation(len(whole.logit_N))
-    mixed = Scores(logit_N=whole.logit_N[order], label_N=whole.label_N[order], user_N=whole.user_N[order])
-    assert group_auc(mixed) == group_auc(whole) == pytest.approx(6 / 8)
+    assert group_auc(whole.where(order)) == group_auc(whole) == pytest.approx(6 / 8)
+
+
+@given(st.lists(st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), st.integers(0, 1)), max_size=9), max_size=5))
+def test_the_auc_of_each_user_is_the_known_one(users: list) -> None:
+    users = [rows for rows in users if rows]
+    if not users:
+        return
+    auc_U, weight_U = user_aucs(scores(*users))
+    for rows, auc, weight in zip(users, auc_U, weight_U, strict=True):
+        logit, label = zip(*rows, strict=True)
+        both = 0 < sum(label) < len(label)
+        assert weight == (len(rows) if both else 0)
+        assert auc == pytest.approx(roc_auc_score(label, logit) if both else 0.0)
 
 
 def test_auc_is_over_all_candidates_and_log_loss_is_of_probabilities() -> None:

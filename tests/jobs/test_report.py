@@ -29,7 +29,9 @@ def scores(noise: float, seed: int = 0) -> Scores:
     """Twenty users with ten candidates each; the more noise, the less the logits say."""
     rng = np.random.default_rng(seed)
     label_N = np.tile([1, 1, *[0] * 8], 20)
-    return Scores(logit_N=label_N + noise * rng.normal(size=200), label_N=label_N, user_N=np.arange(200) // 10)
+    return Scores(
+        logit_N=label_N + noise * rng.normal(size=200), label_N=label_N, user_N=np.arange(200) // 10, seen_N=label_N > 1
+    )
 
 
 def evidence(**changes) -> Evidence:

@@ -1,0 +1,95 @@
+"""The command `vql evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from jobs.cli_options import choice, integer
+from models.model_names import MODELS
+
+out = Console(highlight=False)
+
+
+def evaluate(
+    data: Annotated[str, typer.Option(help="A data set of vql data list.")],
+    output: Annotated[Path, typer.Option(resolve_path=True, help="The JSON file to write; a page with plots beside.")],
+    work: Annotated[Path, typer.Option(resolve_path=True, help="Folder of logs, trainings and scores; resumed from.")],
+    path: Annotated[
+        Path | None, typer.Option(resolve_path=True, help="The folder with the data set's files, if it needs one.")
+    ] = None,
+    models: Annotated[
+        str, typer.Option(help=f"With commas between: {','.join(MODELS)}; or one of these with +counts")
+    ] = ",".join(MODELS),
+    protocol: Annotated[
+        str | None, typer.Option(help="raw or fair; impressions where the data has clicks. Absent: the data's first.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=1, help="Newest events that a model looks at.")] = 1_000,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model.")] = 3,
+    reference: Annotated[str, typer.Option(help="The model that differences are taken from.")] = "vql",
+    ablate: Annotated[
+        str, typer.Option(help="Also vql with less: groups, codewords, kernel, counts, context; commas between.")
+    ] = "",
+    ladder: Annotated[
+        str, typer.Option(help="Ask the trained models at these lengths too, as 20,200,2000; commas between.")
+    ] = "",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training impressions.")] = 1,
+    per_user: Annotated[int, typer.Option(min=1, help="Training impressions per user at most.")] = 16,
+    test_per_user: Annotated[int, typer.Option(min=1, help="Held-out impressions per user at most.")] = 4,
+    holdout: Annotated[float, typer.Option(help="The newest share of the events, on which nothing is trained.")] = 0.15,
+    half_life: Annotated[list[str], typer.Option(help="As vql train has it.")] = ["1d", "7d", "28d", "never"],
+    count: Annotated[
+        list[str],
+        typer.Option(help="As vql train has it: what vql counts in its rows, and a model with +counts exactly."),
+    ] = [],
+    count_half_life: Annotated[str, typer.Option(help="As vql train has it.")] = "7d,never",
+    master: Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")] = "local[2]",
+) -> None:
+    """Train models alike on a public data set, and show what each is worth on what came later, and what it costs.
+
+    Takes minutes for each model and seed. What was made is kept in --work: a run that was ended goes on there, and
+    one with more models or seeds makes only those.
+
+    [b]raw[/b]: negatives by their popularity of the time, as if candidates came from everywhere. [b]fair[/b]:
+    negatives as familiar to the user as the positive is. Both are shown on repeats and on novel items too.
+
+    Example: vql evaluate --data completejourney --models vql,full,din_50,mean --protocol fair --seeds 3
+    --work build/study --output build/study/completejourney-fair.json
+    """
+    from jobs.bench import write_figures
+    from jobs.datasets import DATASETS
+    from jobs.spark import open_spark
+    from jobs.study.plan import Study, check_study
+    from jobs.study.report import markdown, title, write_html
+    from jobs.study.run import run_study
+    from jobs.train import parse_counts, parse_half_lives
+
+    published = DATASETS[choice("--data", data, tuple(DATASETS))]
+    study = Study(
+        data=data,
+        models=tuple(name for name in models.split(",") if name),
+        protocol=published.protocols[0] if protocol is None else protocol,
+        length=length,
+        seeds=seeds,
+        reference=reference,
+        ablate=tuple(name for name in ablate.split(",") if name),
+        ladder=tuple(integer("--ladder", text) for text in ladder.split(",") if text),
+        holdout=holdout,
+        per_user=per_user,
+        test_per_user=test_per_user,
+        epochs=epochs,
+        half_life_ms=parse_half_lives(half_life),
+        counts=parse_counts(count, count_half_life),
+    )
+    check_study(study)
+    published.plan(study.protocol)
+    published.find(path)
+    figures = run_study(open_spark(master), study, published, path, work, out)
+    write_figures(output, figures)
+    write_html(output.with_suffix(".html"), figures)
+    out.print(title(figures), style="bold", soft_wrap=True)
+    out.print(markdown(figures), markup=False, soft_wrap=True)
+    out.print(f"figures: {output}, page: {output.with_suffix('.html')}", soft_wrap=True)

@@ -1,0 +1,87 @@
+"""A checkpoint drawn: its temporal kernels, and what quantisation does to attention; and how large its rows can be."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from models.cache import Cache
+from models.checkpoint import Checkpoint
+from models.files import replace_file
+from models.row import Row, encode_row
+from models.wire import RECENT, Stamp, encode_folded
+
+# The learned weights of the kernel's exponentials, before softplus (models.ranker.TemporalKernel).
+KERNEL = "history.kernel.raw_HR"
+DAY_MS = 86_400_000
+AGES_DAYS = np.geomspace(1 / 1440, 365, 200)
+
+
+def largest_row_bytes(checkpoint: Checkpoint) -> int:
+    """Of a row whose user has events of every codeword, and the most recent events that a row keeps."""
+    spec, heads = checkpoint.spec, checkpoint.spec.heads // checkpoint.spec.groups
+    entries = spec.groups * spec.codewords
+    mass_NPR = np.ones((entries, heads, spec.rates), np.float32)
+    full = Cache(
+        spec=spec,
+        reference_ms=0,
+        count=entries,
+        code_N=np.arange(entries, dtype=np.uint16),
+        net_N=np.ones(entries, np.int32),
+        mass_NPR=mass_NPR,
+        mean_NPRD=np.ones((*mass_NPR.shape, spec.value_width), np.float32),
+    )
+    at = Stamp(epoch=0, partition=0, offset=0)
+    row = Row(
+        spec=spec,
+        folded_data=encode_folded(full, at),
+        folded_stamp=at,
+        folded_count=entries,
+        recent_data=bytes(2 * checkpoint.manifest.sizes.window * RECENT.itemsize),
+        stamp=at,
+    )
+    return encode_row(row).size_bytes
+
+
+def draw(checkpoint: Checkpoint, path: Path) -> None:
+    """The kernels of a model that has them, and its diagnostics if there are any, as one PNG."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    kernels, attention = figure.subplots(1, 2)
+    _kernels(checkpoint, kernels)
+    _attention(checkpoint, attention)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    replace_file(path, buffer.getvalue())
+
+
+def _kernels(checkpoint: Checkpoint, axes: Axes) -> None:
+    """kappa_h(age), each head's relative to its value at age 0."""
+    axes.set(xlabel="age, days", ylabel="temporal kernel", xscale="log")
+    tensors = checkpoint.tensors()
+    if KERNEL not in tensors:
+        axes.set_title(f"{checkpoint.manifest.model} has no temporal kernel")
+        return
+    weight_HR = np.logaddexp(0, tensors[KERNEL].astype(np.float64))
+    decay_AHR = np.exp(-checkpoint.spec.rate_HR * (AGES_DAYS * DAY_MS)[:, None, None])
+    kappa_AH = (weight_HR * decay_AHR).sum(axis=-1) / weight_HR.sum(axis=-1)
+    for h, half_lives in enumerate(checkpoint.manifest.half_life_ms):
+        named = ", ".join("never" if h is None else f"{h / DAY_MS:g} d" for h in half_lives)
+        axes.plot(AGES_DAYS, kappa_AH[:, h], label=f"head {h}: {named}")
+    axes.legend(fontsize="small")
+
+
+def _attention(checkpoint: Checkpoint, axes: Axes) -> None:
+    axes.set(xlabel="events", ylabel="sum |p - p'|", xscale="log")
+    found = checkpoint.manifest.diagnostics
+    if found is None:
+        axes.set_title("no diagnostics: no codebook")
+        return
+    lengths = [each.length for each in found.attention]
+    for name in ("mean", "p99", "bound"):
+        axes.plot(lengths, [getattr(each, name) for each in found.attention], marker=".", label=name)
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
