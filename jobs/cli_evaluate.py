@@ -45,6 +45,7 @@ def evaluate(
         list[str],
         typer.Option(help="As vql train has it: what vql counts in its rows, and a model with +counts exactly."),
     ] = [],
+    no_counts: Annotated[bool, typer.Option("--no-counts", help="Count nothing.")] = False,
     count_half_life: Annotated[str, typer.Option(help="As vql train has it.")] = "7d,never",
     master: Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")] = "local[2]",
 ) -> None:
@@ -65,7 +66,7 @@ def evaluate(
     from jobs.study.plan import Study, check_study
     from jobs.study.report import markdown, title, write_html
     from jobs.study.run import run_study
-    from jobs.train import parse_counts, parse_half_lives
+    from jobs.train import counted_fields, parse_counts, parse_half_lives
 
     published = DATASETS[choice("--data", data, tuple(DATASETS))]
     study = Study(
@@ -82,7 +83,7 @@ def evaluate(
         test_per_user=test_per_user,
         epochs=epochs,
         half_life_ms=parse_half_lives(half_life),
-        counts=parse_counts(count, count_half_life),
+        counts=None if no_counts else parse_counts(counted_fields("vql", count, published.fields), count_half_life),
     )
     check_study(study)
     published.plan(study.protocol)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -134,6 +134,11 @@ def check_job(job: TrainJob, out: Path) -> None:
 def parse_half_lives(texts: list[str]) -> tuple[tuple[float | None, ...], ...]:
     """One text per head, such as "12h", "7d", "never" or "1d,never". Raises InputError."""
     return tuple(tuple(_half_life_ms(part) for part in text.split(",")) for text in texts)
+
+
+def counted_fields(model: str, asked: list[str], fields: Sequence[str]) -> list[str]:
+    """What is counted: what was asked for, or, by a model that may count, the item and every field that it uses."""
+    return asked or (["item_id", *fields] if may_count(model) else [])
 
 
 def parse_counts(fields: list[str], half_lives: str) -> CountPlan | None:
