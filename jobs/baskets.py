@@ -27,7 +27,8 @@ class ExamplePlan(msgspec.Struct, frozen=True, kw_only=True):
     protocol: raw, fair or impressions. within: the item field within whose value negatives are drawn, None for all
     items. positives, negatives: at most so many of a basket; in `fair` each positive has negatives // positives.
     shown, clicked: the actions of what was shown and of what, of that, was clicked; session_ms: the longest pause
-    within a session (all three for `impressions`).
+    within a session (all three for `impressions`). serving_delay_ms: what happened so shortly before an impression
+    is not in its history, because a ranker would not know it yet.
     """
 
     from_ms: int = 0
@@ -43,6 +44,7 @@ class ExamplePlan(msgspec.Struct, frozen=True, kw_only=True):
     shown: tuple[str, ...] = ()
     clicked: tuple[str, ...] = ()
     session_ms: int = 1_800_000
+    serving_delay_ms: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,6 +114,17 @@ def find_sessions(events: Events, place_S: np.ndarray, pause_ms: int) -> tuple[B
     )
 
 
+def history_ends(found: Baskets, events: Events, plan: ExamplePlan) -> np.ndarray:
+    """The first event that each basket does not see: of its own, or of the time after now - serving_delay_ms."""
+    if plan.serving_delay_ms == 0:
+        return found.start_B
+    times, time_N = np.unique(events.time_ms_N, return_inverse=True)
+    # Users and places of times as one number: events are sorted by it.
+    key_N = events.user_N * (len(times) + 1) + time_N
+    known_B = np.searchsorted(times, found.now_ms_B - plan.serving_delay_ms)
+    return np.minimum(found.start_B, np.searchsorted(key_N, found.user_B * (len(times) + 1) + known_B))
+
+
 def _new(events: Events, place_S: np.ndarray, pause_ms: int) -> np.ndarray:
     """Which of the events at these places begin something: another user's, or after a longer pause than this."""
     new_S = np.ones(len(place_S), bool)
@@ -122,7 +135,7 @@ def _new(events: Events, place_S: np.ndarray, pause_ms: int) -> np.ndarray:
 def choose(found: Baskets, events: Events, plan: ExamplePlan) -> np.ndarray:
     """Which baskets become impressions: a seeded draw of those within the plan's time that have a history."""
     fit_B = (found.now_ms_B >= plan.from_ms) & (found.now_ms_B < plan.until_ms)
-    fit_B &= found.start_B > np.searchsorted(events.user_N, found.user_B)
+    fit_B &= history_ends(found, events, plan) > np.searchsorted(events.user_N, found.user_B)
     places = np.flatnonzero(fit_B)
     order = uniform(plan.seed, CHOOSE, found.key_B[places], found.now_ms_B[places])
     return places[rank(found.user_B[places], order) < plan.per_user]

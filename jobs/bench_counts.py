@@ -215,6 +215,6 @@ def misread(
         item_cells(each, counts, vocabulary) for each in (model, f"{model.removesuffix(EXACT_COUNTS)}{EXACT_COUNTS}")
     )
     counters = [Counter(plan=counts, cell_MQ=cell_MQ) for cell_MQ in cells]
-    found, exact = (np.concatenate([i.counts(counter) for i in impressions]) for counter in counters)
+    found, exact = (np.concatenate([each for i in impressions for each in i.counts(counter)]) for counter in counters)
     more_CQ = (found > exact * 1.001 + 1e-3).reshape(len(found), len(counts.fields), -1)[..., -1]
     return dict(zip(counts.fields, more_CQ.mean(axis=0).round(5).tolist(), strict=True))

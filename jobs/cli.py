@@ -168,9 +168,18 @@ def train(
     groups: Annotated[int, typer.Option(min=1, help="Groups of heads, each with a codebook.")] = 4,
     codewords: Annotated[int, typer.Option(min=2, help="Codewords of each group.")] = 256,
     window: Annotated[int, typer.Option(min=0, help="W: recent events kept raw in a row, at most 2 W.")] = 64,
-    length: Annotated[int, typer.Option(min=1, help="Events of history per training example.")] = 512,
+    length: Annotated[
+        int, typer.Option(min=1, help="Newest events for exact attention: all that rivals see; vql, in its first half.")
+    ] = 512,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
+    patience: Annotated[
+        int, typer.Option(min=0, help="Stop after so many epochs without a better GAUC of held-out users; 0: never.")
+    ] = 0,
     per_user: Annotated[int, typer.Option(min=1, help="Training impressions per user at most.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Impressions of a step.")] = 32,
+    serving_delay: Annotated[
+        str, typer.Option(help="How far rankers lag behind events, as 5s or 15m: histories end so long before now.")
+    ] = "0",
     seed: int = 0,
     log_version: Annotated[int | None, typer.Option(help="Delta version of the log to read; newest if absent.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
@@ -179,7 +188,15 @@ def train(
     """Train a model on the log and write a checkpoint. After a kill, the same command continues."""
     from jobs.baskets import ExamplePlan
     from jobs.spark import open_spark
-    from jobs.train import TrainJob, check_job, counted_fields, parse_counts, parse_half_lives, run_training
+    from jobs.train import (
+        TrainJob,
+        check_job,
+        counted_fields,
+        parse_counts,
+        parse_delay_ms,
+        parse_half_lives,
+        run_training,
+    )
     from models.checkpoint import Sizes
 
     half_lives = parse_half_lives(half_life)
@@ -190,9 +207,11 @@ def train(
         sizes=_sizes(Sizes, heads=len(half_lives), groups=groups, codewords=codewords, window=window),
         half_life_ms=half_lives,
         counts=None if no_counts else parse_counts(counted_fields(model, count, field), count_half_life),
-        examples=ExamplePlan(per_user=per_user, seed=seed),
+        examples=ExamplePlan(per_user=per_user, seed=seed, serving_delay_ms=parse_delay_ms(serving_delay)),
         length=length,
         epochs=epochs,
+        batch=batch,
+        patience=patience,
         seed=seed,
         log_version=log_version,
     )

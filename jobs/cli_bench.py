@@ -194,3 +194,36 @@ def counts(
     write_figures(output, figures)
     out.print(figures_table("counts, on completejourney", table_columns(plan), table_rows(plan, figures)))
     out.print(f"figures: {output}", soft_wrap=True)
+
+
+@app.command("train")
+def train(
+    output: Output,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run: short histories. Figures say little.")] = False,
+) -> None:
+    """What an impression costs to train when its user has 1,000, 3,000, 10,000 or 20,000 events, and the memory.
+
+    Whole steps of vql train, on random users; impressions have 20 candidates. Takes a few minutes.
+
+    [b]vql[/b]: timelines that a user's 16 impressions share, with quantised keys; 64 impressions a step.
+    [b]steady[/b]: the same for users who have 16 impressions for every 1,000 events.
+    [b]full[/b]: exact attention over each impression's own events; 4 impressions a step.
+    [b]..._growth[/b]: the milliseconds at the longest over the shortest.
+
+    Example: vql bench train --output build/bench/train.json
+    """
+    from jobs.bench import figures_table, write_figures
+    from jobs.bench_train import TrainBench, run_train_bench, table_rows
+    from models.checkpoint import Sizes
+
+    plan = TrainBench(threads=threads)
+    if quick:
+        plan = TrainBench(
+            lengths=(50, 200), users=4, impressions=4, candidates=5, items=300, batch=8, sizes=Sizes(codewords=16)
+        )
+    figures = run_train_bench(plan, out)
+    write_figures(output, figures)
+    columns = [f"{length:,} events" for length in plan.lengths]
+    out.print(figures_table("training, on this machine", columns, table_rows(plan, figures)))
+    out.print(f"figures: {output}", soft_wrap=True)

@@ -14,7 +14,7 @@ from feature_repo.reader import Reader
 from jobs.protocols import seen_before
 from models.counts import Counter
 from models.ranker import Ranker
-from models.request import Impression, Request, collate
+from models.request import Impression, Request, collate, counted
 
 BATCH = 32
 
@@ -103,7 +103,7 @@ def _score(impressions: Sequence[Impression], logits, length: int | None, counte
     for start in range(0, len(order), BATCH):
         places = order[start : start + BATCH]
         batch = [impressions[i] for i in places]
-        request = collate(batch, length, counter)
+        request = collate(batch, length, counted(batch, counter))
         logit_BC = logits(request, batch)
         for i, impression, logit_C in zip(places, batch, logit_BC.numpy(), strict=True):
             logits_I[i] = logit_C[: len(impression.candidate_C)]

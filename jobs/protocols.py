@@ -1,6 +1,7 @@
 """What is asked of a log: impressions, each a user's candidates at a time, with the events strictly before it.
 
-The items of a basket are the positives, and nothing of the basket is in the history. Three protocols say what stands
+The items of a basket are the positives, and nothing of the basket is in the history, nor of the time for which the
+plan says that a ranker lags behind. Three protocols say what stands
 beside the positives:
 
     raw          items drawn by their popularity in the period. Whether the user has touched the very item before then
@@ -25,7 +26,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from jobs.baskets import Baskets, Events, ExamplePlan, Touches, choose, find_baskets, find_sessions
+from jobs.baskets import Baskets, Events, ExamplePlan, Touches, choose, find_baskets, find_sessions, history_ends
 from jobs.sampling import SAMPLED, Candidates, Items, find_positives
 from models.errors import InputError
 from models.request import Impression
@@ -63,13 +64,15 @@ def draw(events: Events, items: Items, plan: ExamplePlan, actions: Sequence[str]
         some = chosen.where(slice(at, at + BASKETS_AT_ONCE))
         made = SAMPLED[plan.protocol](find_positives(events, some, touches, plan), touches, items, plan)
         parts.append(replace(made, basket_C=made.basket_C + at))
-    return _drawn(chosen, Candidates.joined(parts))
+    return _drawn(chosen, history_ends(chosen, events, plan), Candidates.joined(parts))
 
 
 def check_plan(plan: ExamplePlan) -> None:
-    """Raises InputError for an unknown protocol, and for one that lacks what it needs."""
+    """Raises InputError for an unknown protocol, for one that lacks what it needs, and for a negative delay."""
     if plan.protocol not in PROTOCOLS:
         raise InputError(f"protocol {plan.protocol!r} is none of {', '.join(PROTOCOLS)}")
+    if plan.serving_delay_ms < 0:
+        raise InputError(f"a serving delay of {plan.serving_delay_ms} ms would show what has not happened yet")
     if plan.protocol == "impressions" and not plan.clicked:
         raise InputError("protocol impressions needs the actions that are clicks; data without impressions has none")
     if plan.protocol == "fair" and plan.negatives < plan.positives:
@@ -127,15 +130,16 @@ def _impressions(events: Events, plan: ExamplePlan, actions: Sequence[str]) -> D
     label_C = np.zeros(len(pair_C), np.int64)
     np.maximum.at(label_C, at, clicked_A[events.action_N[place_S[kept_S]]])
     found = Candidates(basket_C=pair_C // size, item_C=pair_C % size, label_C=label_C)
-    return _drawn(sessions.where(chosen), Candidates.joined([found]))
+    asked = sessions.where(chosen)
+    return _drawn(asked, history_ends(asked, events, plan), Candidates.joined([found]))
 
 
-def _drawn(of: Baskets, found: Candidates) -> Drawn:
+def _drawn(of: Baskets, history_B: np.ndarray, found: Candidates) -> Drawn:
     """The candidates by impression; a basket without any is none."""
     kept_I, first_I = np.unique(found.basket_C, return_index=True)
     return Drawn(
         user_I=of.user_B[kept_I],
-        history_I=of.start_B[kept_I],
+        history_I=history_B[kept_I],
         now_ms_I=of.now_ms_B[kept_I],
         bound_I=np.r_[first_I, len(found.basket_C)],
         candidate_C=found.item_C,

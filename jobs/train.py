@@ -52,6 +52,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     length: int = 512
     epochs: int = 1
     batch: int = 32
+    patience: int = 0
     seed: int = 0
     log_version: int | None = None
     items_version: int | None = None
@@ -133,7 +134,7 @@ def check_job(job: TrainJob, out: Path) -> None:
 
 def parse_half_lives(texts: list[str]) -> tuple[tuple[float | None, ...], ...]:
     """One text per head, such as "12h", "7d", "never" or "1d,never". Raises InputError."""
-    return tuple(tuple(_half_life_ms(part) for part in text.split(",")) for text in texts)
+    return tuple(tuple(_duration_ms(part, "half-life") for part in text.split(",")) for text in texts)
 
 
 def counted_fields(model: str, asked: list[str], fields: Sequence[str]) -> list[str]:
@@ -150,14 +151,22 @@ def parse_counts(fields: list[str], half_lives: str) -> CountPlan | None:
     return CountPlan(fields=fields, half_life_ms=list(parse_half_lives([half_lives])[0]))
 
 
-def _half_life_ms(text: str) -> float | None:
+def parse_delay_ms(text: str) -> int:
+    """A serving delay such as "5s" or "15m"; "0" is none. Raises InputError."""
+    delay_ms = 0.0 if text == "0" else _duration_ms(text, "serving delay")
+    if delay_ms is None:
+        raise InputError("a serving delay of never would leave no history")
+    return round(delay_ms)
+
+
+def _duration_ms(text: str, what: str) -> float | None:
     unit_ms = {"s": 1e3, "m": 6e4, "h": 3.6e6, "d": DAY_MS}
     try:
         value = None if text == "never" else float(text[:-1]) * unit_ms[text[-1]]
     except (KeyError, ValueError, IndexError) as error:
-        raise InputError(f"half-life {text!r} is not a number with s, m, h or d, nor never") from error
+        raise InputError(f"{what} {text!r} is not a number with s, m, h or d, nor never") from error
     if value is not None and not 0 < value < float("inf"):
-        raise InputError(f"half-life {text!r} is not positive")
+        raise InputError(f"{what} {text!r} is not positive")
     return value
 
 
@@ -186,6 +195,7 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
         length=job.length,
         epochs=job.epochs,
         batch=job.batch,
+        patience=job.patience,
         seed=job.seed,
     )
     if job.counts is not None:
@@ -257,6 +267,7 @@ def _training_facts(job: TrainJob, log: LogFacts) -> dict[str, str | int | float
         "seed": job.seed,
         "epochs": job.epochs,
         "length": job.length,
+        "serving_delay_ms": job.examples.serving_delay_ms,
     }
 
 

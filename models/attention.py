@@ -108,16 +108,12 @@ def read(
     now_ms_B: Int64[torch.Tensor, "B"],
 ) -> Float[torch.Tensor, "B C H D"]:
     """Attention over each user's whole history from the cache alone. The query is already scaled by tau."""
-    age_B = (now_ms_B - cache.reference_ms_B).double()
-    log_share_BHR = kernel.log_weight_HR.double() - kernel.rate_HR.double() * age_B[:, None, None]
-    log_mass_BHKR = cache.mass_BHKR.clamp(min=0).double().log() + log_share_BHR[:, :, None, :]
-    log_mass_BHK = torch.logsumexp(log_mass_BHKR, dim=-1)
-    share_BHKR = torch.where(
-        log_mass_BHK[..., None].isfinite(), (log_mass_BHKR - log_mass_BHK[..., None]).exp(), 0.0
-    ).float()
+    log_mass_BHKR = cache.mass_BHKR.clamp(min=0).double().log()
+    log_mass_BHK, log_share_BHKR = masses_now(log_mass_BHKR, now_ms_B - cache.reference_ms_B, kernel)
+    share_BHKR = torch.where(log_mass_BHK[..., None].isfinite(), log_share_BHKR.exp(), 0.0).float()
     mean_BHKD = (share_BHKR[..., None] * cache.mean_BHKRD).sum(dim=-2)
     logit_BHCK = query_BCHE.transpose(1, 2) @ codeword_HKE.transpose(-1, -2)
-    bias_BHK = _centre(log_mass_BHK)
+    bias_BHK = centred(log_mass_BHK)
     # Cauchy-Schwarz: how far from 0 a logit can be.
     reach = query_BCHE.norm(dim=-1).max() * codeword_HKE.norm(dim=-1).max()
     if not reach <= REACH_MAX:
@@ -147,6 +143,17 @@ def read_counts(
     return torch.where(found_BP[..., None], count_BPR, 0.0).float().reshape(shape)
 
 
+def masses_now(
+    log_mass_BHKR: Float64[torch.Tensor, "B H K R"], age_ms_B: Int64[torch.Tensor, "B"], kernel: Kernel
+) -> tuple[Float64[torch.Tensor, "B H K"], Float64[torch.Tensor, "B H K R"]]:
+    """log M, from the logs of masses of this age, and the log of each rate's share in it (of no mass: not a number)."""
+    age_B = age_ms_B.double()
+    log_kappa_BHR = kernel.log_weight_HR.double() - kernel.rate_HR.double() * age_B[:, None, None]
+    log_now_BHKR = log_mass_BHKR + log_kappa_BHR[:, :, None, :]
+    log_now_BHK = torch.logsumexp(log_now_BHKR, dim=-1)
+    return log_now_BHK, log_now_BHKR - log_now_BHK[..., None]
+
+
 def read_history(
     query_BCHE: Float[torch.Tensor, "B C H E"],
     key_BLHE: Float[torch.Tensor, "B L H E"],
@@ -165,6 +172,16 @@ def history_bias(
     now_ms_B: Int64[torch.Tensor, "B"],
 ) -> Float[torch.Tensor, "B H L"]:
     """log(w_i kappa_h(now - t_i)) less each head's maximum; -inf for padding (weight 0)."""
+    return centred(log_weights(kernel, time_ms_BL, weight_BL, now_ms_B))
+
+
+def log_weights(
+    kernel: Kernel,
+    time_ms_BL: Int64[torch.Tensor, "B L"],
+    weight_BL: Float[torch.Tensor, "B L"],
+    now_ms_B: Int64[torch.Tensor, "B"],
+) -> Float64[torch.Tensor, "B H L"]:
+    """log(w_i kappa_h(now - t_i)), -inf for padding (weight 0)."""
     age_BL = (now_ms_B[:, None] - time_ms_BL).double()
     log_kappa_BHLR = (
         kernel.log_weight_HR.double()[None, :, None, :]
@@ -173,22 +190,34 @@ def history_bias(
     # A single rate needs no logsumexp, and most models have a single rate.
     one_rate = log_kappa_BHLR.shape[-1] == 1
     log_kappa_BHL = log_kappa_BHLR[..., 0] if one_rate else torch.logsumexp(log_kappa_BHLR, dim=-1)
-    return _centre(log_kappa_BHL + weight_BL.clamp(min=0).double().log()[:, None, :])
+    return log_kappa_BHL + weight_BL.clamp(min=0).double().log()[:, None, :]
+
+
+def attention_weights(
+    logit_BHCX: Float[torch.Tensor, "B H C X"], bias_BHX: Float[torch.Tensor, "B H X"]
+) -> Float[torch.Tensor, "B H C X"]:
+    """Softmax over X of logit + bias. Where every bias is -inf the weights say nothing: `nothing` tells where."""
+    safe_BHX = torch.where(nothing(bias_BHX)[..., None], 0.0, bias_BHX)
+    return torch.softmax(logit_BHCX + safe_BHX[:, :, None, :], dim=-1)
+
+
+def nothing(bias_BHX: Float[torch.Tensor, "B H X"]) -> Bool[torch.Tensor, "B H"]:
+    """Which users' heads have nothing to attend to."""
+    return ~bias_BHX.isfinite().any(dim=-1)
+
+
+def centred(
+    log_BHX: Float64[torch.Tensor, "B H X"], dtype: torch.dtype = torch.float32
+) -> Float[torch.Tensor, "B H X"]:
+    """Subtract each head's maximum in float64, then drop to `dtype`: softmax does not see the shift."""
+    top_BH1 = log_BHX.detach().amax(dim=-1, keepdim=True)
+    return (log_BHX - torch.where(top_BH1.isfinite(), top_BH1, 0.0)).to(dtype)
 
 
 def _attend(logit_BHCX: torch.Tensor, bias_BHX: torch.Tensor, value_BHXD: torch.Tensor) -> torch.Tensor:
-    """Softmax over X of logit + bias, times the values; zeros where every bias is -inf. Returns B C H D."""
-    nothing_BH = ~bias_BHX.isfinite().any(dim=-1)
-    safe_BHX = torch.where(nothing_BH[..., None], 0.0, bias_BHX)
-    weight_BHCX = torch.softmax(logit_BHCX + safe_BHX[:, :, None, :], dim=-1)
-    out_BHCD = torch.einsum("bhcx,bhxd->bhcd", weight_BHCX, value_BHXD)
-    return torch.where(nothing_BH[:, :, None, None], 0.0, out_BHCD).transpose(1, 2)
-
-
-def _centre(log_BHX: torch.Tensor) -> torch.Tensor:
-    """Subtract each head's maximum in float64, then drop to float32: softmax does not see the shift."""
-    top_BH1 = log_BHX.detach().amax(dim=-1, keepdim=True)
-    return (log_BHX - torch.where(top_BH1.isfinite(), top_BH1, 0.0)).float()
+    """The values, weighted; zeros where every bias is -inf. Returns B C H D."""
+    out_BHCD = torch.einsum("bhcx,bhxd->bhcd", attention_weights(logit_BHCX, bias_BHX), value_BHXD)
+    return torch.where(nothing(bias_BHX)[:, :, None, None], 0.0, out_BHCD).transpose(1, 2)
 
 
 def _by_head(x: torch.Tensor, spec: CacheSpec) -> torch.Tensor:

@@ -13,9 +13,12 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int64
 from torch import nn
+from torch.nn import functional
 
 DECAY = 0.99
 DEAD_SHARE = 0.02
+# Keys whose products with all codewords stay in a core's cache.
+KEYS_AT_ONCE = 1_024
 
 
 class Codebook(nn.Module):
@@ -36,9 +39,13 @@ class Codebook(nn.Module):
     def encode(self, key_NGF: Float[torch.Tensor, "N G F"]) -> Int64[torch.Tensor, "N G"]:
         """The nearest codeword of each group's key."""
         with torch.no_grad():
-            dot_GNK = torch.einsum("ngf,gkf->gnk", key_NGF, self.codeword_GKF)
-            half_GK = self.codeword_GKF.square().sum(dim=-1) / 2
-            return (dot_GNK - half_GK[:, None, :]).argmax(dim=-1).T.contiguous()
+            # The nearest has the largest product less half its square: with a column of ones that is one product.
+            half_GK1 = self.codeword_GKF.square().sum(dim=-1, keepdim=True) / 2
+            codeword_GXK = torch.cat([self.codeword_GKF, -half_GK1], dim=-1).transpose(1, 2)
+            key_GNX = functional.pad(key_NGF, (0, 1), value=1.0).transpose(0, 1)
+            # `max` finds a place in a third of the time of `argmax`.
+            pieces = [(some @ codeword_GXK).max(dim=-1).indices for some in key_GNX.split(KEYS_AT_ONCE, dim=1)]
+            return torch.cat(pieces, dim=1).T.contiguous()
 
     def decode(self, code_NG: Int64[torch.Tensor, "N G"]) -> Float[torch.Tensor, "N G F"]:
         """The codewords of the codes."""
@@ -51,7 +58,13 @@ class Codebook(nn.Module):
         """Quantised keys with straight-through gradient, and the commitment error (mean over all elements)."""
         if not self.started:
             return key_NGF, key_NGF.new_zeros(())
-        quantised_NGF = self.decode(self.encode(key_NGF))
+        return self.straight_through(key_NGF, self.encode(key_NGF))
+
+    def straight_through(
+        self, key_NGF: Float[torch.Tensor, "N G F"], code_NG: Int64[torch.Tensor, "N G"]
+    ) -> tuple[Float[torch.Tensor, "N G F"], Float[torch.Tensor, ""]]:
+        """What `forward` returns, for keys whose codes are known."""
+        quantised_NGF = self.decode(code_NG)
         commitment = (key_NGF - quantised_NGF).square().mean()
         return key_NGF + (quantised_NGF - key_NGF).detach(), commitment
 

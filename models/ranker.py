@@ -2,7 +2,7 @@
 
 The frame is shared by VQL and its rivals, so that a comparison compares only the history. VQL's way is
 `VqlHistory`: layer-normed queries and keys, keys quantised by group, values exact, a separable temporal kernel.
-It trains on raw histories and serves from caches, and both give the same scores (a test).
+It trains on raw histories, then on timelines in chunks, and serves from caches: all give the same scores (a test).
 
 Beside the history, the head sees how often the user has met the candidate and its like (`models.counts`), if the
 checkpoint counts: log(1 + count), with any way to read a history.
@@ -24,13 +24,17 @@ from torch.nn import functional
 
 from models.attention import CacheBatch, Kernel, history_bias, read, read_counts, read_history
 from models.checkpoint import Sizes
+from models.chunked import read_timelines
 from models.codebook import Codebook
 from models.counts import Counter, CountPlan
-from models.request import PADDING, Request
+from models.request import PADDING, Request, TimelineBatch
+from models.states import Impressions, Timelines
 
 # Share of item ids hidden in each training batch: a new item then reads as its category, an unknown one as any item,
 # and neither as the noise of an embedding row that was never trained.
 UNKNOWN_SHARE = 0.02
+# Events that an impression attends one by one in training, at most; all before are a state. No result depends on it.
+CHUNK = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +52,7 @@ class HistoryReader(Protocol):
     """A way to turn candidates and a history into one vector per candidate."""
 
     def __call__(
-        self, candidate_BCd: torch.Tensor, encoder: ItemEncoder, request: Request
+        self, candidate_BCd: torch.Tensor, encoder: ItemEncoder, request: Request | TimelineBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The history as seen by each candidate (B C V) and an auxiliary loss (scalar)."""
         ...
@@ -121,6 +125,8 @@ class VqlHistory(nn.Module):
         self.codebook = Codebook(sizes.groups, sizes.codewords, group_width)
 
     def forward(self, candidate_BCd, encoder, request):
+        if isinstance(request, TimelineBatch):
+            return self._of_timelines(candidate_BCd, encoder, request)
         history = request.history
         item_U, at_BL = torch.unique(history.item_BL, return_inverse=True)
         x_Ud = encoder(item_U)
@@ -128,6 +134,32 @@ class VqlHistory(nn.Module):
         value_BLHD = _take(self.values(x_Ud), at_BL) + _take(self.action_value_AHD, history.action_BL)
         bias_BHL = history_bias(self.kernel(), history.time_ms_BL, history.weight_BL, request.now_ms_B)
         out_BCHD = read_history(self.queries(candidate_BCd), _take(key_UHE, at_BL), value_BLHD, bias_BHL)
+        return out_BCHD.flatten(2), commitment
+
+    def _of_timelines(
+        self, candidate_BCd: torch.Tensor, encoder: ItemEncoder, batch: TimelineBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same from timelines that impressions share, once the codebook has started."""
+        assert self.codebook.started, "exact keys have no states: collate requests until the codebook starts"
+        item_U, at_M = torch.unique(batch.item_M, return_inverse=True)
+        x_Ud = encoder(item_U)
+        key_UHE = self.keys(x_Ud)
+        code_UG = self.codebook.encode(self._grouped(key_UHE))
+        straight_UGF, commitment = self.codebook.straight_through(self._grouped(key_UHE), code_UG)
+        events = Timelines(
+            key_MHE=_take(straight_UGF.reshape(key_UHE.shape), at_M),
+            code_MH=code_UG.repeat_interleave(self.sizes.heads // self.sizes.groups, dim=1)[at_M],
+            value_MHD=_take(self.values(x_Ud), at_M) + _take(self.action_value_AHD, batch.action_M),
+            time_ms_M=batch.time_ms_M,
+            weight_M=batch.weight_M,
+        )
+        asked = Impressions(
+            query_BCHE=self.queries(candidate_BCd),
+            first_B=batch.first_B,
+            end_B=batch.end_B,
+            now_ms_B=batch.now_ms_B,
+        )
+        out_BCHD = read_timelines(asked, events, self.codewords(), self.kernel(), CHUNK)
         return out_BCHD.flatten(2), commitment
 
     def from_cache(
@@ -206,8 +238,8 @@ class Ranker(nn.Module):
             self.candidate.weight.data.copy_(value.weight.data)
         self.head = nn.Sequential(nn.Linear(3 * value_width + self.count_width, 64), nn.ReLU(), nn.Linear(64, 1))
 
-    def forward(self, request: Request) -> tuple[Float[torch.Tensor, "B C"], Float[torch.Tensor, ""]]:
-        """Logits from raw histories, and the history's auxiliary loss: the training form."""
+    def forward(self, request: Request | TimelineBatch) -> tuple[Float[torch.Tensor, "B C"], Float[torch.Tensor, ""]]:
+        """Logits from raw events, and the history's auxiliary loss: the training form. Only VQL reads timelines."""
         x_BCd = self.encoder(request.candidate_BC)
         seen_BCV, auxiliary = self.history(x_BCd, self.encoder, request)
         return self.logits(x_BCd, seen_BCV, request.count_BCX), auxiliary

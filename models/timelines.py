@@ -6,21 +6,26 @@
     candidate: list<list<int32>>   label: list<list<int8>>
 
 An impression sees events[:end], the events strictly before it. Items are rows of the checkpoint's feature table.
-The order of batches depends only on (files, seed, epoch), so a resumed training continues where it was.
+Batches are of impressions, each with a history of its own, or of timelines, whose impressions share one. Their order
+depends only on (files, seed, epoch), so a resumed training continues where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.errors import InputError
-from models.request import Impression
+from models.request import Impression, Timeline
 
+User = TypeVar("User")
 # Beside the Parquet files: the feature table (numpy, M x F). In the work folder: what items are counted as (M x Q).
 FEATURES, CELLS = "features.npy", "cells.npy"
 SCHEMA = pa.schema(
@@ -46,14 +51,26 @@ def timeline_files(folder: Path) -> list[Path]:
     return files
 
 
-def impressions_of(file: Path) -> list[Impression]:
-    """Every impression of a file's users; those of one user share the timeline's arrays."""
-    impressions: list[Impression] = []
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """At most so many impressions in a batch of timelines, and so many events unless a single timeline has more."""
+
+    impressions: int
+    events: int
+
+
+def timelines_of(file: Path) -> list[Timeline]:
+    """A file's users who have impressions."""
+    timelines = []
     for row in pq.read_table(file, schema=SCHEMA).to_batches():
         columns = {name: row.column(name) for name in SCHEMA.names}
-        for u in range(row.num_rows):
-            impressions += _of_user(columns, u)
-    return impressions
+        timelines += [_of_user(columns, u) for u in range(row.num_rows) if len(columns["end"][u])]
+    return timelines
+
+
+def impressions_of(file: Path) -> list[Impression]:
+    """Every impression of a file's users; those of one user share the timeline's arrays."""
+    return [impression for timeline in timelines_of(file) for impression in timeline.impressions()]
 
 
 def drawn_events(files: Sequence[Path], count: int, seed: int = 0) -> Impression:
@@ -105,18 +122,66 @@ def batches(files: Sequence[Path], size: int, *, seed: int, epoch: int) -> Itera
         yield kept
 
 
-def _of_user(columns: dict[str, pa.Array], u: int) -> list[Impression]:
-    timeline = {name: columns[name][u].values.to_numpy() for name in ("item", "action", "time_ms", "weight")}
-    return [
-        Impression(
-            user_id=columns["user_id"][u].as_py(),
-            now_ms=columns["now_ms"][u][i].as_py(),
-            candidate_C=columns["candidate"][u][i].values.to_numpy(),
-            label_C=columns["label"][u][i].values.to_numpy(),
-            item_L=timeline["item"][:end],
-            action_L=timeline["action"][:end],
-            time_ms_L=timeline["time_ms"][:end],
-            weight_L=timeline["weight"][:end],
-        )
-        for i, end in enumerate(columns["end"][u].as_py())
-    ]
+def timeline_batches(files: Sequence[Path], limits: Limits, *, seed: int, epoch: int) -> Iterator[list[Timeline]]:
+    """Batches of whole timelines, shuffled as impressions are; more impressions than a batch has make several parts."""
+    for batch in _filled(_shuffled(files, _timelines_and_ends, seed, epoch), limits):
+        yield [timeline.part(first, until) for timeline, first, until in batch]
+
+
+def count_timeline_batches(files: Sequence[Path], limits: Limits, *, seed: int, epochs: int) -> int:
+    """How many batches the epochs have, from the impressions' ends alone."""
+    return sum(1 for epoch in range(epochs) for _ in _filled(_shuffled(files, _ends_alone, seed, epoch), limits))
+
+
+def _shuffled(
+    files: Sequence[Path], load: Callable[[Path], list[tuple[User, np.ndarray]]], seed: int, epoch: int
+) -> Iterator[tuple[User, np.ndarray]]:
+    """Users' timelines and their impressions' ends; one file is in memory at a time."""
+    rng = np.random.default_rng([seed, epoch])
+    for f in rng.permutation(len(files)):
+        users = load(files[f])
+        yield from (users[u] for u in rng.permutation(len(users)))
+
+
+def _filled(users: Iterator[tuple[User, np.ndarray]], limits: Limits) -> Iterator[list[tuple[User, int, int]]]:
+    """Batches of (user, first impression, last impression + 1)."""
+    kept: list[tuple[User, int, int]] = []
+    impressions = events = 0
+    for user, end_I in users:
+        for first in range(0, len(end_I), limits.impressions):
+            until = min(first + limits.impressions, len(end_I))
+            more = int(end_I[first:until].max())
+            if kept and (impressions + until - first > limits.impressions or events + more > limits.events):
+                yield kept
+                kept, impressions, events = [], 0, 0
+            kept.append((user, first, until))
+            impressions += until - first
+            events += more
+    if kept:
+        yield kept
+
+
+def _timelines_and_ends(file: Path) -> list[tuple[Timeline, np.ndarray]]:
+    return [(timeline, timeline.end_I) for timeline in timelines_of(file)]
+
+
+def _ends_alone(file: Path) -> list[tuple[None, np.ndarray]]:
+    column = pq.read_table(file, columns=["end"])["end"].combine_chunks()
+    bound = column.offsets.to_numpy()
+    ends = column.values.to_numpy()
+    return [(None, ends[a:b]) for a, b in pairwise(bound.tolist()) if b > a]
+
+
+def _of_user(columns: dict[str, pa.Array], u: int) -> Timeline:
+    of = {name: columns[name][u].values for name in SCHEMA.names if name != "user_id"}
+    return Timeline(
+        user_id=columns["user_id"][u].as_py(),
+        item_L=of["item"].to_numpy(),
+        action_L=of["action"].to_numpy(),
+        time_ms_L=of["time_ms"].to_numpy(),
+        weight_L=of["weight"].to_numpy(),
+        now_ms_I=of["now_ms"].to_numpy(),
+        end_I=of["end"].to_numpy(),
+        candidates=[candidate.values.to_numpy() for candidate in of["candidate"]],
+        labels=[label.values.to_numpy() for label in of["label"]],
+    )

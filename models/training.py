@@ -1,5 +1,9 @@
 """The training loop: the same for VQL and every rival, on one process or several, resumable at any moment.
 
+Rivals are asked impressions, each with its newest `length` events. VQL's batches are whole timelines: while its keys
+are exact it is asked their impressions as rivals are, and from then on the timelines themselves (models.chunked), at a
+cost per impression that does not grow with a history, and with all of it.
+
 A run is a function of its `TrainPlan` alone. The state (parameters, optimisers, random generators, step) is saved
 every `save_every_steps` and replaced atomically; a run that finds a state of its own plan continues from it and
 ends with the same parameters as one that was never interrupted. Knows nothing of Spark, which starts it.
@@ -10,8 +14,9 @@ from __future__ import annotations
 import io
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -21,20 +26,38 @@ from torch import nn
 
 from models.checkpoint import Sizes
 from models.counts import Counter, CountPlan
+from models.errors import InputError
 from models.files import replace_file
 from models.ranker import Ranker, Shape, VqlHistory, loss
-from models.request import Impression, Request, collate
+from models.request import Impression, Request, Timeline, TimelineBatch, collate, collate_timelines, counted
 from models.rivals import new_history
-from models.timelines import CELLS, FEATURES, batches, count_impressions, timeline_files
+from models.stopping import Patience, auc_within
+from models.timelines import (
+    CELLS,
+    FEATURES,
+    Limits,
+    batches,
+    count_impressions,
+    count_timeline_batches,
+    timeline_batches,
+    timeline_files,
+)
 
 COMMITMENT = 0.01
 KEY_SAMPLE = 20_000
+# Items of a step that move the codewords, at most: long timelines have more, and as good a mean with these.
+MOVING_ITEMS = 4_096
+# Batches of held-out users that are looked at after an epoch.
+HELD_OUT_BATCHES = 64
 
 
 class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     """All that decides a run. `examples` and `work` are folders; FEATURES in `examples` is the feature table.
 
-    A plan that counts has CELLS in `work`.
+    batch: impressions of a step. events: of a step's timelines, in all; a single timeline may have more.
+    patience: after so many epochs without a better GAUC of held-out users, the run ends with the parameters of the
+    best. 0: all epochs, and no user is held out.
+    counts: CELLS in `work` are what items are counted as.
     """
 
     model: str
@@ -48,6 +71,8 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     length: int = 512
     epochs: int = 1
     batch: int = 32
+    events: int = 200_000
+    patience: int = 0
     seed: int = 0
     learning_rate: float = 6e-3
     id_learning_rate: float = 2e-2
@@ -55,7 +80,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(kw_only=True, slots=True)
-class _Run:
+class Run:
     """The live objects of one process of a run."""
 
     plan: TrainPlan
@@ -66,6 +91,7 @@ class _Run:
     steps: int
     counter: Counter | None
     step: int = 0
+    patience: Patience = field(default_factory=Patience)
 
 
 def train(plan: TrainPlan) -> Path:
@@ -76,14 +102,15 @@ def train(plan: TrainPlan) -> Path:
         return final
     if world > 1:
         torch.distributed.init_process_group("gloo")
-    run = _begin(plan, world)
+    run = begin(plan, world)
     _resume(run)
     log = Path(plan.work) / "loss.jsonl"
     _trim_log(log, run.step)
-    started_s, shown_s = time.monotonic(), 0.0
+    started_s, shown_s, seen = time.monotonic(), 0.0, []
     step_s = started_s
-    for impressions in _batches_from(run, rank, world):
-        value = _step(run, collate(impressions, plan.length, run.counter))
+    for share in _batches_from(run, rank, world):
+        value, auc = step(run, share)
+        seen.append(auc)
         if rank == 0:
             now_s = time.monotonic()
             elapsed_s = now_s - started_s
@@ -91,11 +118,15 @@ def train(plan: TrainPlan) -> Path:
                 file.write(f'{{"step": {run.step}, "loss": {value:.6f}, "seconds": {now_s - step_s:.6f}}}\n')
             step_s = now_s
             if elapsed_s - shown_s > 5 or run.step == run.steps:
-                print(f"  {plan.model}: step {run.step}/{run.steps}  loss {value:.4f}  {elapsed_s:.0f} s", flush=True)
-                shown_s = elapsed_s
+                gauc = float(torch.tensor(seen).nanmean())
+                said = f"loss {value:.4f}  gauc {gauc:.4f}  {elapsed_s:.0f} s"
+                print(f"  {plan.model}: step {run.step}/{run.steps}  {said}", flush=True)
+                shown_s, seen = elapsed_s, []
             if run.step % plan.save_every_steps == 0:
                 _save(run, Path(plan.work) / "state.pt")
     if rank == 0:
+        if plan.patience:
+            run.ranker.load_state_dict(torch.load(_best(plan), weights_only=True)["model"])
         _save(run, final)
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -129,18 +160,17 @@ def new_ranker(plan: TrainPlan) -> Ranker:
     return Ranker(shape, features, new_history(plan.model, shape), cell_MQ)
 
 
-def _begin(plan: TrainPlan, world: int) -> _Run:
+def begin(plan: TrainPlan, world: int = 1) -> Run:
+    """A run before its first step."""
     torch.manual_seed(plan.seed)
     ranker = new_ranker(plan)
-    files = timeline_files(Path(plan.examples))
-    per_epoch = -(-count_impressions(files) // (plan.batch * world))
-    return _Run(
+    return Run(
         plan=plan,
         ranker=ranker,
         forward=nn.parallel.DistributedDataParallel(ranker) if world > 1 else ranker,
         optimizers=_optimizers(ranker, plan),
         generator=torch.default_generator,
-        steps=per_epoch * plan.epochs,
+        steps=_count_steps(plan, ranker, world),
         counter=ranker.counter,
     )
 
@@ -157,23 +187,104 @@ def _optimizers(ranker: Ranker, plan: TrainPlan) -> list[torch.optim.Optimizer]:
     ]
 
 
-def _batches_from(run: _Run, rank: int, world: int) -> Iterator[list[Impression]]:
+def _count_steps(plan: TrainPlan, ranker: Ranker, world: int) -> int:
+    files = _train_files(plan)
+    if _reads_timelines(ranker):
+        return count_timeline_batches(files, _limits(plan, world), seed=plan.seed, epochs=plan.epochs)
+    return -(-count_impressions(files) // (plan.batch * world)) * plan.epochs
+
+
+def _train_files(plan: TrainPlan) -> list[Path]:
+    """All files; with patience all but the last, whose users are held out."""
+    files = timeline_files(Path(plan.examples))
+    if plan.patience and len(files) == 1:
+        raise InputError(f"{plan.examples} has one file of users: none can be held out, train without patience")
+    return files[:-1] if plan.patience else files
+
+
+def _batches_from(run: Run, rank: int, world: int) -> Iterator[list[Impression] | list[Timeline]]:
     """This process's share of the batches after the step already done; `run.step` counts along."""
-    files, done, at = timeline_files(Path(run.plan.examples)), run.step, 0
+    done, at = run.step, 0
     for epoch in range(run.plan.epochs):
-        for whole in batches(files, run.plan.batch * world, seed=run.plan.seed, epoch=epoch):
+        for whole in _epoch_batches(run, _train_files(run.plan), epoch, world):
             at += 1
             if at > done:
                 run.step = at
-                # A short last batch may leave a process without impressions; it repeats the first then.
+                # A small batch may leave a process without any; it repeats the first then.
                 yield whole[rank::world] or whole[:1]
+        if run.plan.patience and at >= done and _is_over(run, epoch, rank, world):
+            return
 
 
-def _step(run: _Run, request: Request) -> float:
-    """One optimisation step; returns the loss."""
+def _epoch_batches(
+    run: Run, files: Sequence[Path], epoch: int, world: int
+) -> Iterator[list[Impression]] | Iterator[list[Timeline]]:
+    if _reads_timelines(run.ranker):
+        return timeline_batches(files, _limits(run.plan, world), seed=run.plan.seed, epoch=epoch)
+    return batches(files, run.plan.batch * world, seed=run.plan.seed, epoch=epoch)
+
+
+def _is_over(run: Run, epoch: int, rank: int, world: int) -> bool:
+    """Look at the held-out users after an epoch, and keep the parameters if they are the best so far."""
+    history = run.ranker.history
+    if isinstance(history, VqlHistory) and not history.codebook.started:
+        return False
+    if rank == 0:
+        gauc = _held_out_gauc(run)
+        if run.patience.look(gauc):
+            _save(run, _best(run.plan))
+        told = f"held-out gauc {gauc:.4f}, the best {run.patience.best:.4f}"
+        print(f"  {run.plan.model}: epoch {epoch + 1}/{run.plan.epochs}  {told}", flush=True)
+    over = torch.tensor(run.patience.waited >= run.plan.patience)
+    if world > 1:
+        torch.distributed.broadcast(over, 0)
+    return bool(over)
+
+
+@torch.no_grad()
+def _held_out_gauc(run: Run) -> float:
+    """The mean AUC within the impressions of held-out users. Raises InputError when none has both classes."""
+    last = timeline_files(Path(run.plan.examples))[-1:]
+    run.ranker.eval()
+    requests = (_request(run, share) for share in islice(_epoch_batches(run, last, 0, 1), HELD_OUT_BATCHES))
+    found = [auc_within(run.ranker(request)[0], request.label_BC) for request in requests]
+    run.ranker.train()
+    gauc = float(torch.cat(found).nanmean()) if found else float("nan")
+    if gauc != gauc:
+        raise InputError(f"{last[0]} has no impression with both classes to hold out; train without patience")
+    return gauc
+
+
+def _best(plan: TrainPlan) -> Path:
+    return Path(plan.work) / "best.pt"
+
+
+def _limits(plan: TrainPlan, world: int) -> Limits:
+    return Limits(impressions=plan.batch * world, events=plan.events * world)
+
+
+def _reads_timelines(ranker: Ranker) -> bool:
+    return isinstance(ranker.history, VqlHistory)
+
+
+def _request(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> Request | TimelineBatch:
+    """What the model is asked about a share of a batch."""
+    history = run.ranker.history
+    counts = counted(share, run.counter)
+    timelines = [one for one in share if isinstance(one, Timeline)]
+    if isinstance(history, VqlHistory) and history.codebook.started:
+        return collate_timelines(timelines, counts)
+    impressions = [one for one in share if isinstance(one, Impression)]
+    apart = [*impressions, *(i for timeline in timelines for i in timeline.impressions())]
+    return collate(apart, run.plan.length, counts)
+
+
+def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> tuple[float, float]:
+    """One optimisation step; returns the loss and the mean AUC within impressions, both from before the step."""
     history = run.ranker.history
     if isinstance(history, VqlHistory) and not history.codebook.started and run.step > run.steps // 2:
-        _start_codebook(run)
+        start_codebook(run)
+    request = _request(run, share)
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
     logit_BC, commitment = run.forward(request)
@@ -187,11 +298,11 @@ def _step(run: _Run, request: Request) -> float:
         optimizer.step()
     if isinstance(run.ranker.history, VqlHistory):
         _move_codebook(run.ranker, run.ranker.history, request, run.generator)
-    return float(error.detach())
+    return float(error.detach()), float(auc_within(logit_BC.detach(), request.label_BC).nanmean())
 
 
 @torch.no_grad()
-def _start_codebook(run: _Run) -> None:
+def start_codebook(run: Run) -> None:
     """Exact keys until here: place the codewords on a sample of the items' keys."""
     ranker = run.ranker
     history = ranker.history
@@ -202,16 +313,20 @@ def _start_codebook(run: _Run) -> None:
 
 
 @torch.no_grad()
-def _move_codebook(ranker: Ranker, history: VqlHistory, request: Request, generator: torch.Generator) -> None:
+def _move_codebook(
+    ranker: Ranker, history: VqlHistory, request: Request | TimelineBatch, generator: torch.Generator
+) -> None:
     """The EMA step towards the batch's keys, each item counted by its events."""
-    real_BL = request.history.weight_BL > 0
-    items, counts = torch.unique(request.history.item_BL[real_BL], return_counts=True)
-    if len(items):
+    items, counts = request.items()
+    if len(items) > MOVING_ITEMS:
+        some = torch.randperm(len(items), generator=generator)[:MOVING_ITEMS]
+        items, counts = items[some], counts[some]
+    if history.codebook.started and len(items):
         keys = history.keys(ranker.encoder(items))
         history.codebook.update(keys.reshape(len(keys), history.sizes.groups, -1), counts.float(), generator)
 
 
-def _resume(run: _Run) -> None:
+def _resume(run: Run) -> None:
     path = Path(run.plan.work) / "state.pt"
     if not path.exists():
         return
@@ -221,10 +336,11 @@ def _resume(run: _Run) -> None:
         optimizer.load_state_dict(saved)
     run.generator.set_state(state["generator"])
     run.step = state["step"]
+    run.patience = Patience(**state["patience"])
     print(f"  {run.plan.model}: resumed at step {run.step}/{run.steps}", flush=True)
 
 
-def _save(run: _Run, path: Path) -> None:
+def _save(run: Run, path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(
         {
@@ -232,6 +348,7 @@ def _save(run: _Run, path: Path) -> None:
             "optimizers": [o.state_dict() for o in run.optimizers],
             "generator": run.generator.get_state(),
             "step": run.step,
+            "patience": asdict(run.patience),
         },
         buffer,
     )

@@ -29,7 +29,7 @@ from jobs.parity import compare_rows
 from models.checkpoint import Checkpoint
 from models.event import Event, parse
 from models.load import load_ranker
-from models.request import Impression, collate
+from models.request import Impression, collate, counted
 from models.row import Row, advance, new_row
 from models.wire import Stamp
 from pipelines.stream import StreamPlan
@@ -153,7 +153,7 @@ def score_error(reader: Reader, history: dict[str, list[tuple[int, int, Event]]]
             time_ms_L=np.array([e.event_time_ms for e in events]),
             weight_L=np.array([e.weight for e in events], np.float32),
         )
-        request = collate([one], counter=ranker.counter)
+        request = collate([one], counts=counted([one], ranker.counter))
         raw, _ = ranker(request)
         cached = ranker.from_cache(request.candidate_BC, reader.read([user_id]).caches, request.now_ms_B)
         worst = max(worst, float((raw - cached).abs().max()))

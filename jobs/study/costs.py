@@ -22,7 +22,7 @@ from models.count_kernels import NO_CELL
 from models.item_table import ItemTable
 from models.model_names import counts_exactly
 from models.ranker import Ranker, VqlHistory
-from models.request import Impression, collate
+from models.request import Impression, collate, counted
 from models.rivals.events import EVENT_BYTES
 from models.row import Fold, Row, advance, encode_row, new_row, whole_cache, whole_counts
 from models.wire import Stamp, pack_recent
@@ -121,7 +121,7 @@ def _from_events(
 ) -> Callable[[], object]:
     candidate_C = candidate_BC[0].numpy()
     asked = replace(impression, candidate_C=candidate_C, label_C=np.zeros(len(candidate_C)))
-    request = collate([asked], length, ranker.counter)
+    request = collate([asked], length, counted([asked], ranker.counter))
     return lambda: ranker(request)
 
 

@@ -235,3 +235,25 @@ def test_slices_have_the_negatives_that_were_drawn_for_them() -> None:
 def test_a_plan_that_makes_no_sense_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(InputError, match=words):
         made(commits(), **changes)
+
+
+@pytest.mark.parametrize("protocol", ["raw", "fair", "impressions"])
+@pytest.mark.parametrize("delay_ms", [1, 1000, 2500])
+def test_what_a_ranker_would_not_know_yet_is_in_no_history(protocol, delay_ms):
+    events = commits()
+    asked = {"protocol": protocol, "shown": ("view",), "clicked": ("click",), "session_ms": 500}
+    late = made(events, serving_delay_ms=delay_ms, **asked)
+    at_once = {(i.user_id, i.now_ms): i for i in made(events, **asked)}
+    assert late
+    for impression in late:
+        whole = at_once[impression.user_id, impression.now_ms]
+        known = whole.time_ms_L < impression.now_ms - delay_ms
+        assert impression.time_ms_L.tolist() == whole.time_ms_L[known].tolist()
+        assert impression.item_L.tolist() == whole.item_L[known].tolist()
+        assert len(impression.item_L) > 0
+    assert any(len(i.item_L) < len(at_once[i.user_id, i.now_ms].item_L) for i in late) == (delay_ms > 1)
+
+
+def test_a_negative_delay_is_refused():
+    with pytest.raises(InputError, match="delay of -5 ms would show what has not happened yet"):
+        made(commits(), serving_delay_ms=-5)

@@ -15,7 +15,7 @@ from models.checkpoint import Checkpoint
 from models.counts import CountPlan
 from models.errors import ForeignRowError, InputError, WireError
 from models.load import load_ranker
-from models.request import Impression, collate
+from models.request import Impression, collate, counted
 from models.row import advance, new_row
 from models.wire import Stamp
 from tests.pipelines.small_log import recent_of
@@ -71,7 +71,7 @@ def test_candidates_come_best_first_with_the_scores_of_raw_attention(checkpoint:
         weight_L=np.array([e.weight for e in events], np.float32),
     )
     ranker = load_ranker(checkpoint, using.table.feature_MF, using.table.cell_MQ)
-    logits = ranker(collate([asked], counter=ranker.counter))[0][0].tolist()
+    logits = ranker(collate([asked], counts=counted([asked], ranker.counter)))[0][0].tolist()
     wanted = sorted(zip(CANDIDATES, logits, strict=True), key=lambda pair: -pair[1])
     assert [item for item, _, _ in ranked.candidates] == [item for item, _ in wanted]
     assert [score for _, score, _ in ranked.candidates] == pytest.approx([score for _, score in wanted], abs=1e-5)

@@ -17,6 +17,7 @@ from jobs.train import (
     check_job,
     counted_fields,
     parse_counts,
+    parse_delay_ms,
     parse_half_lives,
     run_training,
 )
@@ -200,3 +201,11 @@ def test_counts_that_cannot_be_are_refused(tmp_path: Path, model: str, counted: 
 def test_half_lives_that_are_none_are_named(text: str) -> None:
     with pytest.raises(InputError, match=f"half-life '{text.split(',')[-1]}'"):
         parse_half_lives([text])
+
+
+def test_a_serving_delay_has_a_unit_and_an_end() -> None:
+    assert [parse_delay_ms(text) for text in ("0", "1.5s", "15m")] == [0, 1500, 900_000]
+    refused = {"never": "delay of never", "5": "serving delay '5' is not a number", "-1s": "serving delay '-1s' is not"}
+    for text, words in refused.items():
+        with pytest.raises(InputError, match=words):
+            parse_delay_ms(text)

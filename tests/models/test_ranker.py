@@ -9,9 +9,9 @@ from models.cache import CacheSpec, EncodedEvents, empty, fold
 from models.counts import CountedEvents, CountPlan
 from models.counts import fold as fold_counts
 from models.ranker import Ranker, Shape, VqlHistory, loss
-from models.request import collate
+from models.request import collate, collate_timelines, counted
 from models.rivals import HISTORIES
-from models.timelines import impressions_of, timeline_files
+from models.timelines import impressions_of, timeline_files, timelines_of
 from tests.small import HOUR_MS
 from tests.small_examples import CATEGORIES, ITEMS, SIZES, cell_table, feature_table, write_small_examples
 
@@ -84,16 +84,49 @@ def caches_of(ranker: Ranker, batch, rates: int) -> CacheBatch:
 @torch.inference_mode()
 def test_the_serving_form_scores_as_the_training_form(tmp_path, rates, counting):
     ranker, batch = new_ranker(rates=rates, counting=counting), impressions(tmp_path)[:50]
-    request = collate(batch, counter=ranker.counter)
+    request = collate(batch, counts=counted(batch, ranker.counter))
     raw, _ = ranker(request)
     cached = ranker.from_cache(request.candidate_BC, caches_of(ranker, batch, rates), request.now_ms_B)
     torch.testing.assert_close(cached, raw, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("counting", [None, COUNTING])
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("rates", [1, 2])
+@torch.inference_mode()
+def test_the_serving_form_scores_as_training_over_timelines(tmp_path, monkeypatch, rates, chunk, counting):
+    monkeypatch.setattr("models.ranker.CHUNK", chunk)
+    ranker = new_ranker(rates=rates, counting=counting)
+    timelines = timelines_of(timeline_files(write_small_examples(tmp_path))[0])
+    shared = collate_timelines(timelines, counted(timelines, ranker.counter))
+    trained, _ = ranker(shared)
+    caches = caches_of(ranker, [i for t in timelines for i in t.impressions()], rates)
+    cached = ranker.from_cache(shared.candidate_BC, caches, shared.now_ms_B)
+    torch.testing.assert_close(cached, trained, atol=1e-5, rtol=1e-5)
+    one_short, _ = ranker(replace(shared, end_B=shared.end_B - 1))
+    assert (one_short - cached).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+def test_timelines_have_the_gradients_of_raw_histories(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("models.ranker.CHUNK", chunk)
+    timelines = timelines_of(timeline_files(write_small_examples(tmp_path))[0])
+    found = []
+    for request in (collate_timelines(timelines), collate([i for t in timelines for i in t.impressions()])):
+        ranker = new_ranker(rates=2)
+        logit, _ = ranker(request)
+        loss(logit, request.label_BC).backward()
+        found.append({name: p.grad.to_dense() for name, p in ranker.named_parameters() if p.grad is not None})
+    shared, alone = found
+    assert shared.keys() == alone.keys() >= {"history.key.weight", "history.kernel.raw_HR", "encoder.fields.0.weight"}
+    for name, gradient in alone.items():
+        torch.testing.assert_close(shared[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
 @torch.inference_mode()
 def test_counts_of_rows_are_those_of_histories_of_any_length(tmp_path):
     ranker, batch = new_ranker(counting=COUNTING), impressions(tmp_path)[:50]
-    request = collate(batch, length=3, counter=ranker.counter)
+    request = collate(batch, 3, counted(batch, ranker.counter))
     cells = ranker.cell_MQ[request.candidate_BC]
     found = read_counts(cells, caches_of(ranker, batch, 1), ranker.count_rate_R, request.now_ms_B)
     torch.testing.assert_close(found, request.count_BCX, rtol=1e-6, atol=0)
@@ -106,7 +139,7 @@ def test_a_score_depends_on_the_counts_and_is_not_given_without_them(tmp_path):
     batch = impressions(tmp_path)[:8]
     for model in HISTORIES:
         ranker = new_ranker(model, counting=COUNTING)
-        request = collate(batch, counter=ranker.counter)
+        request = collate(batch, counts=counted(batch, ranker.counter))
         more = replace(request, count_BCX=request.count_BCX + 1)
         assert (ranker(request)[0] - ranker(more)[0]).abs().max() > 1e-4
         with pytest.raises(ValueError, match="0 counts for a head of 4"):

@@ -10,8 +10,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from models.errors import InputError
-from models.request import Impression
-from models.timelines import SCHEMA, batches, count_impressions, impressions_of, timeline_files
+from models.request import Impression, Timeline
+from models.timelines import (
+    SCHEMA,
+    Limits,
+    batches,
+    count_impressions,
+    count_timeline_batches,
+    impressions_of,
+    timeline_batches,
+    timeline_files,
+    timelines_of,
+)
 from tests.small_examples import write_small_examples
 
 USERS = 10
@@ -79,4 +89,46 @@ def test_a_user_without_impressions_gives_none(tmp_path):
     row["weight"] = [1.0]
     pq.write_table(pa.Table.from_pylist([row], SCHEMA), tmp_path / "one.parquet")
     assert impressions_of(tmp_path / "one.parquet") == []
+    assert timelines_of(tmp_path / "one.parquet") == []
     assert count_impressions([tmp_path / "one.parquet"]) == 0
+    assert count_timeline_batches([tmp_path / "one.parquet"], ROOMY, seed=0, epochs=2) == 0
+
+
+ROOMY = Limits(impressions=10, events=10**9)
+
+
+def asked(batch: list[Timeline]) -> list[tuple[str, int]]:
+    return keys([i for timeline in batch for i in timeline.impressions()])
+
+
+@pytest.mark.parametrize("limits", [ROOMY, Limits(impressions=3, events=10**9), Limits(impressions=99, events=40)])
+def test_an_epoch_of_timelines_has_every_impression_once_within_the_limits(files, limits):
+    found = list(timeline_batches(files, limits, seed=0, epoch=0))
+    everything = [i for f in files for i in impressions_of(f)]
+    assert Counter(k for batch in found for k in asked(batch)) == Counter(keys(everything))
+    for batch in found:
+        assert len(asked(batch)) <= limits.impressions
+        assert len(batch) == 1 or sum(len(t.item_L) for t in batch) <= limits.events
+    # A user of four impressions is not divided where a batch has room for them.
+    whole = limits.impressions >= 4
+    assert all(len(t.end_I) == 4 for batch in found for t in batch) == whole
+
+
+def test_a_part_of_a_timeline_has_the_events_that_its_impressions_see(files):
+    for batch in timeline_batches(files, Limits(impressions=3, events=10**9), seed=0, epoch=0):
+        for part in batch:
+            assert len(part.item_L) == len(part.time_ms_L) == part.end_I.max()
+
+
+def test_batches_of_timelines_are_counted_as_they_come(files):
+    for limits in (ROOMY, Limits(impressions=3, events=10**9), Limits(impressions=99, events=40)):
+        made = sum(len(list(timeline_batches(files, limits, seed=2, epoch=e))) for e in range(3))
+        assert count_timeline_batches(files, limits, seed=2, epochs=3) == made
+
+
+def test_timelines_come_in_an_order_of_seed_and_epoch(files):
+    def order(seed: int, epoch: int) -> list[tuple[str, int]]:
+        return [k for batch in timeline_batches(files, ROOMY, seed=seed, epoch=epoch) for k in asked(batch)]
+
+    assert order(0, 0) == order(0, 0)
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4

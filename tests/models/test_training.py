@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import pytest
 import torch
 
 from jobs.evaluate import quality, score_raw
+from models import training
 from models.counts import CountPlan
 from models.errors import InputError
+from models.request import collate
 from models.rivals import HISTORIES
+from models.stopping import auc_within
 from models.timelines import impressions_of, timeline_files
 from models.training import final_parameters, new_ranker, train
 from tests.small import HOUR_MS
@@ -30,6 +34,18 @@ train(msgspec.json.decode(sys.stdin.buffer.read(), type=TrainPlan))
 
 def losses(plan) -> list[float]:
     return [json.loads(line)["loss"] for line in (Path(plan.work) / "loss.jsonl").read_text().splitlines()]
+
+
+def stopped_after(last: int):
+    """A step that fails from this one on, as a power cut does."""
+    real = training.step
+
+    def step(run, share):
+        if run.step > last:
+            raise KeyboardInterrupt
+        return real(run, share)
+
+    return step
 
 
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
@@ -111,6 +127,47 @@ def test_a_training_killed_twice_ends_with_the_parameters_of_one_that_was_not(tm
     assert "resumed at step" in resumed
     assert same(final_parameters(whole), final_parameters(killed))
     assert losses(whole) == losses(killed)
+
+
+@pytest.mark.parametrize("model", ["vql", "mean"])
+def test_an_impatient_training_ends_with_the_parameters_of_its_best_epoch(tmp_path, model, capsys):
+    plan = small_plan(tmp_path, model, epochs=30, patience=1, batch=8)
+    train(plan)
+    said = re.findall(r"epoch (\d+)/30  held-out gauc (\S+), the best (\S+)", capsys.readouterr().out)
+    *_, (last, gauc, best) = said
+    assert int(last) < 30
+    assert float(gauc) <= float(best) == max(float(seen) for _, seen, _ in said)
+    ranker = new_ranker(plan)
+    ranker.load_state_dict({name: torch.from_numpy(a) for name, a in final_parameters(plan).items()})
+    held_out = impressions_of(timeline_files(Path(plan.examples))[-1])
+    length = None if model == "vql" else plan.length
+    with torch.no_grad():
+        request = collate(held_out, length)
+        found = auc_within(ranker.eval()(request)[0], request.label_BC).nanmean()
+    assert float(found) == pytest.approx(float(best), abs=1e-3)
+
+
+def test_an_impatient_training_that_was_resumed_ends_as_one_that_was_not(tmp_path, monkeypatch):
+    whole = small_plan(tmp_path, work=str(tmp_path / "whole"), epochs=30, patience=2)
+    parted = msgspec.structs.replace(whole, work=str(tmp_path / "parted"))
+    train(whole)
+
+    # In the first half; after an epoch that was the best, whose state is older; and in one that was none.
+    for last in (32, 91, 117):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "step", stopped_after(last))
+            with pytest.raises(KeyboardInterrupt):
+                train(parted)
+    train(parted)
+    assert same(final_parameters(whole), final_parameters(parted))
+    assert losses(whole) == losses(parted)
+
+
+def test_one_file_of_users_holds_out_none(tmp_path):
+    plan = small_plan(tmp_path, patience=1)
+    timeline_files(Path(plan.examples))[0].unlink()
+    with pytest.raises(InputError, match="one file of users"):
+        train(plan)
 
 
 def test_a_folder_without_examples_is_refused_by_name(tmp_path):
