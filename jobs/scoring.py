@@ -22,6 +22,7 @@ from models.item_table import UNKNOWN, ItemTable
 from models.load import load_ranker
 from models.ranker import Ranker
 from models.row import Fold
+from models.served import ServedRanker
 
 CPU = torch.device("cpu")
 MEANS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -81,9 +82,14 @@ class Scorer:
 
     checkpoint_id: str
     table: ItemTable
-    ranker: Ranker
+    served: ServedRanker
     reader: Reader
     placement: Placement
+
+    @property
+    def ranker(self) -> Ranker:
+        """The plain form, on the same device."""
+        return self.served.ranker
 
     def score(self, asked: Sequence[Asked]) -> Scores:
         """The scores of these users. Raises StoreError as the reader does."""
@@ -118,7 +124,7 @@ class Scorer:
             item_BC[b, : len(item_C)] = item_C
         device = self.placement.device
         with torch.inference_mode():
-            return self.ranker.from_cache(
+            return self.served.from_cache(
                 torch.from_numpy(item_BC).to(device), caches, torch.tensor(now_ms, device=device)
             ).cpu()
 
@@ -130,7 +136,11 @@ def load_scorer(checkpoint: Checkpoint, fold: Fold, reader: Reader, placement: P
         raise InputError(f"{checkpoint.path} holds a model {checkpoint.manifest.model!r}, which reads no cache")
     ranker = load_ranker(checkpoint, fold.table.feature_MF, fold.table.cell_MQ).to(placement.device)
     return Scorer(
-        checkpoint_id=checkpoint.checkpoint_id, table=fold.table, ranker=ranker, reader=reader, placement=placement
+        checkpoint_id=checkpoint.checkpoint_id,
+        table=fold.table,
+        served=ServedRanker(ranker),
+        reader=reader,
+        placement=placement,
     )
 
 

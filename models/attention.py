@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from models.count_kernels import BEYOND
 # Logits within this need no maximum subtracted: exp(2 * 30) times a mass that float32 loses beside the largest is 1e-12
 # of the sum. Masses then meet the candidates in a product of matrices, which takes half the time of a softmax.
 REACH_MAX = 30.0
+TOTAL_MIN = 1e-30
+LOG_MIN = -1e30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +77,8 @@ class CacheBatch:
 
     def to(self, device: torch.device, means: torch.dtype = torch.float32) -> CacheBatch:
         """On this device, with means of this type. Masses stay float32: they span thirty orders of magnitude."""
+        if (self.mean_BHKRD.device, self.mean_BHKRD.dtype) == (device, means):
+            return self
         return replace(self, mean_BHKRD=self.mean_BHKRD.to(means))._each(lambda tensor: tensor.to(device))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CacheBatch:
@@ -108,20 +113,45 @@ def read(
     now_ms_B: Int64[torch.Tensor, "B"],
 ) -> Float[torch.Tensor, "B C H D"]:
     """Attention over each user's whole history from the cache alone. The query is already scaled by tau."""
-    log_mass_BHKR = cache.mass_BHKR.clamp(min=0).double().log()
-    log_mass_BHK, log_share_BHKR = masses_now(log_mass_BHKR, now_ms_B - cache.reference_ms_B, kernel)
-    share_BHKR = torch.where(log_mass_BHK[..., None].isfinite(), log_share_BHKR.exp(), 0.0).float()
-    mean_BHKD = (share_BHKR[..., None] * cache.mean_BHKRD).sum(dim=-2)
-    logit_BHCK = query_BCHE.transpose(1, 2) @ codeword_HKE.transpose(-1, -2)
-    bias_BHK = centred(log_mass_BHK)
     # Cauchy-Schwarz: how far from 0 a logit can be.
     reach = query_BCHE.norm(dim=-1).max() * codeword_HKE.norm(dim=-1).max()
+    return read_entries(query_BCHE, codeword_HKE, entries_at(cache, kernel, now_ms_B), float(reach))
+
+
+class Entries(NamedTuple):
+    """What a read takes from caches: log M_hj(now), but for a constant of each head, and u_hj(now)."""
+
+    log_mass_BHK: Float64[torch.Tensor, "B H K"]
+    mean_BHKD: Float[torch.Tensor, "B H K D"]
+
+
+def entries_at(cache: CacheBatch, kernel: Kernel, now_ms_B: Int64[torch.Tensor, "B"]) -> Entries:
+    """The caches as of these times."""
+    log_mass_BHKR = cache.mass_BHKR.clamp(min=0).double().log()
+    if log_mass_BHKR.shape[-1] == 1:
+        # What a single rate does to all codewords of a head alike is a constant, which no softmax sees.
+        return Entries(log_mass_BHKR[..., 0], cache.mean_BHKRD[..., 0, :].float())
+    log_mass_BHK, log_share_BHKR = masses_now(log_mass_BHKR, now_ms_B - cache.reference_ms_B, kernel)
+    share_BHKR = torch.where(log_mass_BHK[..., None].isfinite(), log_share_BHKR.exp(), 0.0).float()
+    return Entries(log_mass_BHK, (share_BHKR[..., None] * cache.mean_BHKRD).sum(dim=-2))
+
+
+def read_entries(
+    query_BCHE: Float[torch.Tensor, "B C H E"],
+    codeword_HKE: Float[torch.Tensor, "H K E"],
+    entries: Entries,
+    reach: float,
+) -> Float[torch.Tensor, "B C H D"]:
+    """`read` where entries are known, and how far from 0 a logit can be."""
+    bias_BHK = centred(entries.log_mass_BHK)
+    logit_BHCK = query_BCHE.transpose(1, 2) @ codeword_HKE.transpose(-1, -2)
     if not reach <= REACH_MAX:
-        return _attend(logit_BHCK, bias_BHK, mean_BHKD)
+        return _attend(logit_BHCK, bias_BHK, entries.mean_BHKD)
     mass_BHK1 = bias_BHK.exp()[..., None]
-    sum_BHCX = logit_BHCK.exp_() @ torch.cat([mass_BHK1 * mean_BHKD, mass_BHK1], dim=-1)
-    total_BHC1 = sum_BHCX[..., -1:]
-    return torch.where(total_BHC1 > 0, sum_BHCX[..., :-1] / total_BHC1, 0.0).transpose(1, 2)
+    sum_BHCX = logit_BHCK.exp_() @ torch.cat([mass_BHK1 * entries.mean_BHKD, mass_BHK1], dim=-1)
+    # The largest mass is 1 and no logit is below -REACH_MAX: a total that is less is that of nobody's entries.
+    total_BHC1 = sum_BHCX[..., -1:].clamp(min=TOTAL_MIN)
+    return (sum_BHCX[..., :-1] / total_BHC1).transpose(1, 2)
 
 
 def read_counts(
@@ -210,8 +240,8 @@ def centred(
     log_BHX: Float64[torch.Tensor, "B H X"], dtype: torch.dtype = torch.float32
 ) -> Float[torch.Tensor, "B H X"]:
     """Subtract each head's maximum in float64, then drop to `dtype`: softmax does not see the shift."""
-    top_BH1 = log_BHX.detach().amax(dim=-1, keepdim=True)
-    return (log_BHX - torch.where(top_BH1.isfinite(), top_BH1, 0.0)).to(dtype)
+    # Where nothing has mass, -inf stays -inf.
+    return (log_BHX - log_BHX.detach().amax(dim=-1, keepdim=True).clamp(min=LOG_MIN)).to(dtype)
 
 
 def _attend(logit_BHCX: torch.Tensor, bias_BHX: torch.Tensor, value_BHXD: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,8 @@ Shapes: as in `cache`, with B users, M items and A actions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
 from inspect import unwrap
 
 import numba
@@ -37,9 +39,8 @@ PLACE = np.dtype(
 EVENT = np.dtype([("time_ms", "<i8"), ("item", "<i8"), ("action", "<i4"), ("weight", "<f4")])
 
 
-def _add(mass_E, gross_E, total_X, code, weight, age_ms, rate_GPR, g, value_HD):
+def _add(mass_E, gross_E, total_X, code, weight, age_ms, rate_GPR, g, value_HD, heads, rates, width):
     """An event enters an entry. Flat arrays and unsigned indices, of which the compiler can make vectors."""
-    heads, rates, width = rate_GPR.shape[1], rate_GPR.shape[2], value_HD.shape[1]
     for p in range(heads):
         for r in range(rates):
             mass = weight * np.exp(-rate_GPR[g, p, r] * age_ms)
@@ -105,7 +106,7 @@ def _fold_loop(
             code = g * codewords + np.int64(event_code_NG[n, g])
             touched[code] = True
             net[code] += 1 if weight > 0 else -1
-            _add(mass_E, gross_E, total_X, code, weight, age_ms, rate_GPR, g, value_HD)
+            _add(mass_E, gross_E, total_X, code, weight, age_ms, rate_GPR, g, value_HD, heads, rates, width)
     codes = np.flatnonzero(touched)
     moment = np.empty((codes.shape[0], heads, rates, 1 + width))
     for n, code in enumerate(codes):
@@ -123,158 +124,170 @@ def _fold_loop(
 fold_kernel = numba.njit(cache=True)(unwrap(_fold_loop))
 
 
-def _clear(mass_BHKR, mean_BHKRD, b, first, last, heads):
+def _clear(mass_X, mean_X, b, first, last, groups, codewords, heads, rates, width):
     """Codes of user b from first to last, without the last, hold nothing."""
-    codewords = mass_BHKR.shape[2]
-    for code in range(first, last):
-        g, k = code // codewords, code % codewords
+    while first < last:
+        g = first // codewords
+        end = min(last, (g + 1) * codewords)
         for h in range(g * heads, (g + 1) * heads):
-            for r in range(mass_BHKR.shape[3]):
-                mass_BHKR[b, h, k, r] = 0.0
-                for d in range(mean_BHKRD.shape[4]):
-                    mean_BHKRD[b, h, k, r, d] = 0.0
+            start = ((b * groups * heads + h) * codewords + first - g * codewords) * rates
+            stop = start + (end - first) * rates
+            mass_X[start:stop] = 0.0
+            mean_X[width * start : width * stop] = 0.0
+        first = end
 
 
 _clear = numba.njit(cache=True)(unwrap(_clear))
 
 
-def _dense_loop(
-    place_B,
-    event_N,
-    code_MG,
-    value_MHD,
-    action_value_AHD,
-    rate_GPR,
-    mass_BHKR,
-    mean_BHKRD,
-    reference_ms_B,
-    count_B,
-    unknown_B,
-):
-    """`cache.fold` of each row's recent events into its entries, from the bytes straight into tensors.
+@lru_cache(maxsize=8)
+def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
+    """The compiled `fold` of a batch into tensors, for P heads of a group, R rates and D values.
 
-    place_B, event_N: dtypes PLACE and EVENT; a user whose status is not 0 gets zeros. Entries are
-    copied with their mass decayed; those that recent events enter are written over, by way of moments. Every number of
-    the tensors is written.
+    The compiler knows these numbers: the inner loops become a few instructions, which takes a third off.
     """
-    groups, heads, rates = rate_GPR.shape
-    codewords, width = mean_BHKRD.shape[2], mean_BHKRD.shape[4]
-    mass_X, mean_X, mean_address = mass_BHKR.reshape(-1), mean_BHKRD.reshape(-1), mean_BHKRD.ctypes.data
-    entries, codes = heads * rates, groups * codewords
-    # A touched code has a slot: sums lie close together, however far apart the codes are.
-    slot_C, entry_C = np.full(codes, -1, np.int32), np.empty(codes, np.int32)
-    code_S, net_S = np.empty(codes, np.int64), np.empty(codes, np.int64)
-    mass_E, gross_E = np.empty(codes * entries), np.empty(codes * entries)
-    total_X = np.empty(codes * entries * width)
-    decay_GPR = np.empty((groups, heads, rates))
-    value_HD = np.empty((groups * heads, width))
-    value_address, value_bytes = value_MHD.ctypes.data, 4 * groups * heads * width
-    for b in range(place_B.shape[0]):
-        place = place_B[b]
-        reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
-        if place.status != 0:
-            _clear(mass_BHKR, mean_BHKRD, b, 0, codes, heads)
-            continue
-        reference_ms, slots = place.reference_ms, 0
-        first, last = place.first, place.first + place.events
-        for n in range(first, last):
-            reference_ms = max(reference_ms, event_N[n].time_ms)
-            if event_N[n].item >= code_MG.shape[0]:
-                event_N[n].item = UNKNOWN
-                unknown_B[b] += 1
-            item = event_N[n].item
-            for line in range(0, value_bytes, CACHE_LINE_BYTES):
-                prefetch(value_address + item * value_bytes + line)
-            for g in range(groups):
-                code = np.uint32(g * codewords + np.int64(code_MG[item, g]))
-                if slot_C[code] < 0:
-                    slot_C[code], code_S[slots] = slots, code
-                    slots += 1
-        age_ms = reference_ms - place.reference_ms
-        for g in range(groups):
-            for p in range(heads):
-                for r in range(rates):
-                    decay_GPR[g, p, r] = np.exp(-rate_GPR[g, p, r] * age_ms)
-        done = n = 0
-        while n < place.entries:
-            code = np.int64(load_u16(place.codes + 2 * n))
-            g = code // codewords
-            # Neighbours of a group lie side by side on both sides, if the group has one head.
-            run = 1
-            while (
-                heads == 1
-                and n + run < place.entries
-                and code + run < (g + 1) * codewords
-                and load_u16(place.codes + 2 * (n + run)) == code + run
-            ):
-                run += 1
-            _clear(mass_BHKR, mean_BHKRD, b, done, code, heads)
-            entry_C[done:code] = -1
-            for m in range(run):
-                entry_C[np.uint32(code + m)] = n + m
-            done = code + run
-            for p in range(heads):
-                at, h = (n * heads + p) * rates, g * heads + p
-                to = ((b * groups * heads + h) * codewords + code - g * codewords) * rates
-                copy(mean_address + 4 * width * to, place.means + 4 * width * at, 4 * width * run * rates)
-                for m in range(run * rates):
-                    mass = load_f32(place.masses + 4 * (at + m)) * decay_GPR[g, p, m % rates]
-                    if abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED):
-                        mass = 0.0
-                        for d in range(width):
-                            mean_X[width * (to + m) + d] = 0.0
-                    mass_X[to + m] = mass
-            n += run
-        _clear(mass_BHKR, mean_BHKRD, b, done, codes, heads)
-        entry_C[done:] = -1
-        for s in range(slots):
-            code = code_S[s]
-            n, g = entry_C[code], code // codewords
-            net_S[s] = load_i32(place.nets + 4 * n) if n >= 0 else 0
-            for p in range(heads):
-                for r in range(rates):
-                    e = np.uint32((s * heads + p) * rates + r)
-                    x = np.uint32(e * width)
-                    if n >= 0:
-                        at = (n * heads + p) * rates + r
-                        mass = load_f32(place.masses + 4 * at) * decay_GPR[g, p, r]
-                        mass_E[e], gross_E[e] = mass, abs(mass)
-                        for d in range(width):
-                            total_X[x + d] = mass * load_f32(place.means + 4 * (width * at + d))
-                    else:
-                        mass_E[e] = gross_E[e] = 0.0
-                        for d in range(width):
-                            total_X[x + d] = 0.0
-        for n in range(first, last):
-            item, action, weight = event_N[n].item, event_N[n].action, event_N[n].weight
-            for h in range(groups * heads):
-                for d in range(width):
-                    value_HD[h, d] = value_MHD[item, h, d] + action_value_AHD[action, h, d]
-            event_age_ms = reference_ms - event_N[n].time_ms
-            for g in range(groups):
-                s = np.int64(slot_C[np.uint32(g * codewords + np.int64(code_MG[item, g]))])
-                net_S[s] += 1 if weight > 0 else -1
-                _add(mass_E, gross_E, total_X, s, weight, event_age_ms, rate_GPR, g, value_HD)
-        for s in range(slots):
-            code = code_S[s]
-            slot_C[code] = -1
-            _settle(mass_E, gross_E, total_X, s, net_S[s], entries, width)
-            g, k = code // codewords, code % codewords
-            for p in range(heads):
-                for r in range(rates):
-                    e = np.uint32((s * heads + p) * rates + r)
-                    to = np.uint32((((b * groups + g) * heads + p) * codewords + k) * rates + r)
-                    mass, x, y = mass_E[e], np.uint32(e * width), np.int64(to) * width
-                    if abs(np.float32(mass)) >= np.float32(VANISHED):
-                        mass_X[to] = mass
-                        for d in range(width):
-                            mean_X[y + d] = total_X[x + d] / mass
-                    else:
-                        mass_X[to] = 0.0
-                        for d in range(width):
-                            mean_X[y + d] = 0.0
-        reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
 
+    def dense_loop(
+        place_B,
+        event_N,
+        code_MG,
+        value_MHD,
+        action_value_AHD,
+        rate_GPR,
+        mass_BHKR,
+        mean_BHKRD,
+        reference_ms_B,
+        count_B,
+        unknown_B,
+    ):
+        """`cache.fold` of each row's recent events into its entries, from the bytes straight into tensors.
 
-# Errors as numpy's: a check of every divisor would keep the compiler from vectors.
-dense_kernel = numba.njit(cache=True, nogil=True, error_model="numpy")(unwrap(_dense_loop))
+        place_B, event_N: dtypes PLACE and EVENT; a user whose status is not 0 gets zeros. Entries are
+        copied with their mass decayed; those that recent events enter are written over, by way of moments. Every number
+        of the tensors is written.
+        """
+        groups, codewords = rate_GPR.shape[0], mean_BHKRD.shape[2]
+        mass_X, mean_X, mean_address = mass_BHKR.reshape(-1), mean_BHKRD.reshape(-1), mean_BHKRD.ctypes.data
+        entries, codes = heads * rates, groups * codewords
+        # A touched code has a slot: sums lie close together, however far apart the codes are.
+        slot_C, entry_C = np.full(codes, -1, np.int32), np.empty(codes, np.int32)
+        code_S, net_S = np.empty(codes + 1, np.int64), np.empty(codes, np.int64)
+        mass_E, gross_E = np.empty(codes * entries), np.empty(codes * entries)
+        total_X = np.empty(codes * entries * width)
+        decay_GPR = np.empty((groups, heads, rates))
+        value_HD = np.empty((groups * heads, width))
+        code_address, code_bytes = code_MG.ctypes.data, 2 * groups
+        value_address, value_bytes = value_MHD.ctypes.data, 4 * groups * heads * width
+        for b in range(place_B.shape[0]):
+            place = place_B[b]
+            reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
+            if place.status != 0:
+                _clear(mass_X, mean_X, b, 0, codes, groups, codewords, heads, rates, width)
+                continue
+            reference_ms, slots = place.reference_ms, 0
+            first, last = place.first, place.first + place.events
+            for n in range(first, last):
+                reference_ms = max(reference_ms, event_N[n].time_ms)
+                if event_N[n].item >= code_MG.shape[0]:
+                    event_N[n].item = UNKNOWN
+                    unknown_B[b] += 1
+                item = event_N[n].item
+                prefetch(code_address + item * code_bytes)
+                for line in range(0, value_bytes, CACHE_LINE_BYTES):
+                    prefetch(value_address + item * value_bytes + line)
+                prefetch(value_address + (item + 1) * value_bytes - 1)
+            for n in range(first, last):
+                for g in range(groups):
+                    code = np.uint32(g * codewords + np.int64(code_MG[event_N[n].item, g]))
+                    # Without a branch, which could not be foretold.
+                    slot = slot_C[code]
+                    code_S[slots] = code
+                    slot_C[code] = slots if slot < 0 else slot
+                    slots += slot < 0
+            age_ms = reference_ms - place.reference_ms
+            for g in range(groups):
+                for p in range(heads):
+                    for r in range(rates):
+                        decay_GPR[g, p, r] = np.exp(-rate_GPR[g, p, r] * age_ms)
+            done = n = 0
+            while n < place.entries:
+                code = np.int64(load_u16(place.codes + 2 * n))
+                g = code // codewords
+                # Neighbours of a group lie side by side on both sides, if the group has one head.
+                run = 1
+                while (
+                    heads == 1
+                    and n + run < place.entries
+                    and code + run < (g + 1) * codewords
+                    and load_u16(place.codes + 2 * (n + run)) == code + run
+                ):
+                    run += 1
+                _clear(mass_X, mean_X, b, done, code, groups, codewords, heads, rates, width)
+                entry_C[done:code] = -1
+                for m in range(run):
+                    entry_C[np.uint32(code + m)] = n + m
+                done = code + run
+                for p in range(heads):
+                    at, h = (n * heads + p) * rates, g * heads + p
+                    to = ((b * groups * heads + h) * codewords + code - g * codewords) * rates
+                    copy(mean_address + 4 * width * to, place.means + 4 * width * at, 4 * width * run * rates)
+                    for m in range(run * rates):
+                        mass = load_f32(place.masses + 4 * (at + m)) * decay_GPR[g, p, m % rates]
+                        if abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED):
+                            mass = 0.0
+                            for d in range(width):
+                                mean_X[width * (to + m) + d] = 0.0
+                        mass_X[to + m] = mass
+                n += run
+            _clear(mass_X, mean_X, b, done, codes, groups, codewords, heads, rates, width)
+            entry_C[done:] = -1
+            for s in range(slots):
+                code = code_S[s]
+                n, g = entry_C[code], code // codewords
+                net_S[s] = load_i32(place.nets + 4 * n) if n >= 0 else 0
+                for p in range(heads):
+                    for r in range(rates):
+                        e = np.uint32((s * heads + p) * rates + r)
+                        x = np.uint32(e * width)
+                        if n >= 0:
+                            at = (n * heads + p) * rates + r
+                            mass = load_f32(place.masses + 4 * at) * decay_GPR[g, p, r]
+                            mass_E[e], gross_E[e] = mass, abs(mass)
+                            for d in range(width):
+                                total_X[x + d] = mass * load_f32(place.means + 4 * (width * at + d))
+                        else:
+                            mass_E[e] = gross_E[e] = 0.0
+                            for d in range(width):
+                                total_X[x + d] = 0.0
+            for n in range(first, last):
+                item, action, weight = event_N[n].item, event_N[n].action, event_N[n].weight
+                for h in range(groups * heads):
+                    for d in range(width):
+                        value_HD[h, d] = value_MHD[item, h, d] + action_value_AHD[action, h, d]
+                event_age_ms = reference_ms - event_N[n].time_ms
+                for g in range(groups):
+                    s = np.int64(slot_C[np.uint32(g * codewords + np.int64(code_MG[item, g]))])
+                    net_S[s] += 1 if weight > 0 else -1
+                    _add(mass_E, gross_E, total_X, s, weight, event_age_ms, rate_GPR, g, value_HD, heads, rates, width)
+            for s in range(slots):
+                code = code_S[s]
+                slot_C[code] = -1
+                _settle(mass_E, gross_E, total_X, s, net_S[s], entries, width)
+                g, k = code // codewords, code % codewords
+                for p in range(heads):
+                    for r in range(rates):
+                        e = np.uint32((s * heads + p) * rates + r)
+                        to = np.uint32((((b * groups + g) * heads + p) * codewords + k) * rates + r)
+                        mass, x, y = mass_E[e], np.uint32(e * width), np.int64(to) * width
+                        if abs(np.float32(mass)) >= np.float32(VANISHED):
+                            mass_X[to] = mass
+                            for d in range(width):
+                                mean_X[y + d] = total_X[x + d] / mass
+                        else:
+                            mass_X[to] = 0.0
+                            for d in range(width):
+                                mean_X[y + d] = 0.0
+            reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
+
+    # Errors as numpy's: a check of every divisor would keep the compiler from vectors.
+    return numba.njit(cache=True, nogil=True, error_model="numpy")(unwrap(dense_loop))

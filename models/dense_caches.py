@@ -47,6 +47,7 @@ class DenseBatch:
             return torch.empty(shape, dtype=dtype, pin_memory=pinned)
 
         self._using, self._device = using, device
+        self._kernel = dense_kernel(spec.heads // spec.groups, spec.rates, spec.value_width)
         self._mass_BHKR = new(users, spec.heads, spec.codewords, spec.rates, dtype=torch.float32)
         self._mean_BHKRD = new(*self._mass_BHKR.shape, spec.value_width, dtype=torch.float32)
         self._reference_ms_B, self._count_B = new(users, dtype=torch.int64), new(users, dtype=torch.int64)
@@ -69,7 +70,7 @@ class DenseBatch:
         assert 0 <= first <= len(self.place_B) - users, f"{users} rows from {first} on in {len(self.place_B)}"
         at = slice(first, first + users)
         using, table = self._using, self._using.table
-        dense_kernel(
+        self._kernel(
             places.place_B,
             places.event_N,
             table.code_MG,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import msgspec
@@ -73,8 +74,7 @@ class ItemTable:
 
     def lookup(self, item_ids: Sequence[str]) -> Int64[np.ndarray, "N"]:
         """Indices of the items; UNKNOWN (0) for those the table does not hold."""
-        get = self.index.get
-        return np.fromiter((get(i, UNKNOWN) for i in item_ids), np.int64, len(item_ids))
+        return np.fromiter(map(self.index.get, item_ids, repeat(UNKNOWN)), np.int64, len(item_ids))
 
 
 def read_index(folder: Path) -> TableIndex:

@@ -255,10 +255,15 @@ class Ranker(nn.Module):
             raise TypeError(f"{type(self.history).__name__} cannot be read from a cache")
         x_BCd = self.encoder(candidate_BC)
         seen_BCV = self.history.from_cache(x_BCd, cache, now_ms_B)
+        return self.logits(x_BCd, seen_BCV, self.counts_from_cache(candidate_BC, cache, now_ms_B))
+
+    def counts_from_cache(
+        self, candidate_BC: torch.Tensor, cache: CacheBatch, now_ms_B: torch.Tensor
+    ) -> Float[torch.Tensor, "B C X"] | None:
+        """The candidates' counts as `logits` takes them; None where nothing is counted."""
         if self.counting is None:
-            return self.logits(x_BCd, seen_BCV)
-        count_BCX = read_counts(self.cell_MQ[candidate_BC], cache, self.count_rate_R, now_ms_B)
-        return self.logits(x_BCd, seen_BCV, count_BCX)
+            return None
+        return read_counts(self.cell_MQ[candidate_BC], cache, self.count_rate_R, now_ms_B)
 
     def logits(
         self,

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from tests.kafka_broker import Broker
 
 
+# Tests run side by side, and small tensors gain nothing from threads that wait for one another: torch reads this once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first, those that need a time limit of their own: begun last, one of them would be waited for."""

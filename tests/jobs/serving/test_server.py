@@ -104,7 +104,8 @@ def test_a_store_that_was_emptied_is_refused_and_a_restart_is_asked_for(tmp_path
         rows = StoreHandle(state=state, redis=RedisSettings(url=redis.url)).open()
         put_rows(checkpoint, rows)
         rows.close()
-        with serving(checkpoint.path, state, redis_url=redis.url) as server:
+        # A deadline that no machine misses: else the row that was read last would be served in the meantime.
+        with serving(checkpoint.path, state, "--deadline-ms", "10000", redis_url=redis.url) as server:
             assert server.post(bodies()[0])[0] == 200
             with redis.client() as client:
                 client.flushall()
