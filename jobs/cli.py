@@ -150,11 +150,21 @@ def train(
     log: Log,
     checkpoint: Annotated[Path, typer.Option(resolve_path=True, help="Where to write the checkpoint.")],
     work: Annotated[Path, typer.Option(resolve_path=True, help="Folder for examples and state; resumed from.")],
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "vql",
+    model: Annotated[
+        str, typer.Option(help=f"One of {', '.join(MODELS)}; a rival with +counts is given exact ones.")
+    ] = "vql",
     field: Annotated[list[str], typer.Option(help="An item field to use, from vql ingest-items; repeatable.")] = [],
     half_life: Annotated[
         list[str], typer.Option(help="One per head: 12h, 7d or never; commas for several rates of a head.")
     ] = ["1d", "7d", "28d", "never"],
+    count: Annotated[
+        list[str],
+        typer.Option(
+            help="item_id or a field, counted for each user by its values; repeatable. Absent: item_id and every field."
+        ),
+    ] = [],
+    no_counts: Annotated[bool, typer.Option("--no-counts", help="Count nothing.")] = False,
+    count_half_life: Annotated[str, typer.Option(help="Half-lives of the counts, with commas between.")] = "7d,never",
     groups: Annotated[int, typer.Option(min=1, help="Groups of heads, each with a codebook.")] = 4,
     codewords: Annotated[int, typer.Option(min=2, help="Codewords of each group.")] = 256,
     window: Annotated[int, typer.Option(min=0, help="W: recent events kept raw in a row, at most 2 W.")] = 64,
@@ -178,7 +188,15 @@ def train(
     """Train a model on the log and write a checkpoint. After a kill, the same command continues."""
     from jobs.baskets import ExamplePlan
     from jobs.spark import open_spark
-    from jobs.train import TrainJob, check_job, parse_delay_ms, parse_half_lives, run_training
+    from jobs.train import (
+        TrainJob,
+        check_job,
+        counted_fields,
+        parse_counts,
+        parse_delay_ms,
+        parse_half_lives,
+        run_training,
+    )
     from models.checkpoint import Sizes
 
     half_lives = parse_half_lives(half_life)
@@ -188,6 +206,7 @@ def train(
         model=model,
         sizes=_sizes(Sizes, heads=len(half_lives), groups=groups, codewords=codewords, window=window),
         half_life_ms=half_lives,
+        counts=None if no_counts else parse_counts(counted_fields(model, count, field), count_half_life),
         examples=ExamplePlan(per_user=per_user, seed=seed, serving_delay_ms=parse_delay_ms(serving_delay)),
         length=length,
         epochs=epochs,

@@ -21,7 +21,9 @@ def evaluate(
     path: Annotated[
         Path | None, typer.Option(resolve_path=True, help="The folder with the data set's files, if it needs one.")
     ] = None,
-    models: Annotated[str, typer.Option(help=f"With commas between: {','.join(MODELS)}")] = ",".join(MODELS),
+    models: Annotated[
+        str, typer.Option(help=f"With commas between: {','.join(MODELS)}; or one of these with +counts")
+    ] = ",".join(MODELS),
     protocol: Annotated[
         str | None, typer.Option(help="raw or fair; impressions where the data has clicks. Absent: the data's first.")
     ] = None,
@@ -29,7 +31,7 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model.")] = 3,
     reference: Annotated[str, typer.Option(help="The model that differences are taken from.")] = "vql",
     ablate: Annotated[
-        str, typer.Option(help="Also vql with less: groups, codewords, kernel, context; commas between.")
+        str, typer.Option(help="Also vql with less: groups, codewords, kernel, counts, context; commas between.")
     ] = "",
     ladder: Annotated[
         str, typer.Option(help="Ask the trained models at these lengths too, as 20,200,2000; commas between.")
@@ -39,6 +41,12 @@ def evaluate(
     test_per_user: Annotated[int, typer.Option(min=1, help="Held-out impressions per user at most.")] = 4,
     holdout: Annotated[float, typer.Option(help="The newest share of the events, on which nothing is trained.")] = 0.15,
     half_life: Annotated[list[str], typer.Option(help="As vql train has it.")] = ["1d", "7d", "28d", "never"],
+    count: Annotated[
+        list[str],
+        typer.Option(help="As vql train has it: what vql counts in its rows, and a model with +counts exactly."),
+    ] = [],
+    no_counts: Annotated[bool, typer.Option("--no-counts", help="Count nothing.")] = False,
+    count_half_life: Annotated[str, typer.Option(help="As vql train has it.")] = "7d,never",
     master: Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")] = "local[2]",
 ) -> None:
     """Train models alike on a public data set, and show what each is worth on what came later, and what it costs.
@@ -58,7 +66,7 @@ def evaluate(
     from jobs.study.plan import Study, check_study
     from jobs.study.report import markdown, title, write_html
     from jobs.study.run import run_study
-    from jobs.train import parse_half_lives
+    from jobs.train import counted_fields, parse_counts, parse_half_lives
 
     published = DATASETS[choice("--data", data, tuple(DATASETS))]
     study = Study(
@@ -75,6 +83,7 @@ def evaluate(
         test_per_user=test_per_user,
         epochs=epochs,
         half_life_ms=parse_half_lives(half_life),
+        counts=None if no_counts else parse_counts(counted_fields("vql", count, published.fields), count_half_life),
     )
     check_study(study)
     published.plan(study.protocol)

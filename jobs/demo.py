@@ -180,13 +180,13 @@ def _evaluate(
         later = read_delta(demo.spark, demo.folder / "heldout" / "events")
         impressions = _impressions(demo, later, using)
     with demo.stage("score", "from rows, and from raw histories"):
-        vql = load_ranker(checkpoints["vql"], using.table.feature_MF)
+        vql = load_ranker(checkpoints["vql"], using.table.feature_MF, using.table.cell_MQ)
         scores = {
             "vql": score_cached(vql, reader, impressions),
             "vql_raw": score_raw(vql, impressions),
         }
         for model, length in (("din_50", 50), ("no_history", 1)):
-            ranker = load_ranker(checkpoints[model], using.table.feature_MF)
+            ranker = load_ranker(checkpoints[model], using.table.feature_MF, using.table.cell_MQ)
             scores[model] = score_raw(ranker, impressions, length)
     return impressions, scores
 

@@ -9,7 +9,7 @@ so a killed run leaves no half table.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +62,16 @@ def _append(spark: SparkSession, checkpoint: Checkpoint, log: Path) -> tuple[int
     return after - before, after
 
 
-def encode_table(ranker: Ranker, item_ids: list[str], feature_NF: np.ndarray) -> pa.Table:
-    """Items with their embedding rows to a segment's columns."""
+def encode_table(
+    ranker: Ranker, item_ids: list[str], feature_NF: np.ndarray, cell_NQ: np.ndarray | None = None
+) -> pa.Table:
+    """Items with their embedding rows, and what they are counted as, to a segment's columns."""
     assert isinstance(ranker.history, VqlHistory)
     with torch.inference_mode():
         x_Nd = ranker.encoder.encode(torch.from_numpy(feature_NF))
         code_NG = ranker.history.codes(x_Nd).numpy()
         value_NV = ranker.history.values(x_Nd).flatten(1).numpy()
-    return segment_table(item_ids, code_NG, value_NV, feature_NF)
+    return segment_table(item_ids, code_NG, value_NV, feature_NF, cell_NQ)
 
 
 def _known_segments(folder: Path, checkpoint_id: str) -> list[str]:
@@ -97,21 +99,36 @@ def _encoder(path: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.Reco
         checkpoint = open_checkpoint(Path(path))
         fields = checkpoint.manifest.fields
         indices = [{v: i + 1 for i, v in enumerate(checkpoint.vocabulary(f))} for f in fields]
-        ranker = load_ranker(checkpoint, np.zeros((1, len(fields)), np.int64))
+        ranker = _unaware_ranker(checkpoint)
         for batch in batches:
             columns = [batch[f].to_pylist() for f in fields]
             feature_NF = np.array(
                 [[index.get(v, 0) for v in column] for index, column in zip(indices, columns, strict=True)], np.int64
             ).T
-            yield from encode_table(ranker, columns[0], np.ascontiguousarray(feature_NF)).to_batches()
+            cell_NQ = _cells(checkpoint, dict(zip(fields, columns, strict=True)))
+            yield from encode_table(ranker, columns[0], np.ascontiguousarray(feature_NF), cell_NQ).to_batches()
 
     return encode
 
 
+def _unaware_ranker(checkpoint: Checkpoint) -> Ranker:
+    """The ranker without a table of items: it encodes those it is given."""
+    counts = checkpoint.manifest.counts
+    cell_MQ = None if counts is None else np.zeros((1, len(counts.fields)), np.uint16)
+    return load_ranker(checkpoint, np.zeros((1, len(checkpoint.manifest.fields)), np.int64), cell_MQ)
+
+
+def _cells(checkpoint: Checkpoint, values: Mapping[str, list[str | None]]) -> np.ndarray | None:
+    """What items of these values are counted as (N Q): also by values the checkpoint was not trained with."""
+    counts = checkpoint.manifest.counts
+    return None if counts is None else np.stack([counts.cells_of(f, values[f]) for f in counts.fields], axis=1)
+
+
 def _unknown_segment(checkpoint: Checkpoint, folder: Path) -> Path:
     """Row 0: the item of which nothing is known."""
-    feature = np.zeros((1, len(checkpoint.manifest.fields)), np.int64)
+    fields = checkpoint.manifest.fields
+    feature, cells = np.zeros((1, len(fields)), np.int64), _cells(checkpoint, {field: [""] for field in fields})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "unknown.parquet"
-    pq.write_table(encode_table(load_ranker(checkpoint, feature), [""], feature), path)
+    pq.write_table(encode_table(_unaware_ranker(checkpoint), [""], feature, cells), path)
     return path

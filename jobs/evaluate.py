@@ -12,8 +12,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from feature_repo.reader import Reader
 from jobs.protocols import seen_before
+from models.counts import Counter
 from models.ranker import Ranker
-from models.request import Impression, Request, collate
+from models.request import Impression, Request, collate, counted
 
 BATCH = 32
 
@@ -45,7 +46,7 @@ class Scores:
 
 def score_raw(ranker: Ranker, impressions: Sequence[Impression], length: int | None = None) -> Scores:
     """Scores from raw histories: the newest `length` events, or all of them."""
-    return _score(impressions, lambda request, _: ranker(request)[0], length)
+    return _score(impressions, lambda request, _: ranker(request)[0], length, ranker.counter)
 
 
 def score_cached(ranker: Ranker, reader: Reader, impressions: Sequence[Impression]) -> Scores:
@@ -95,14 +96,14 @@ def user_aucs(scores: Scores) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.inference_mode()
-def _score(impressions: Sequence[Impression], logits, length: int | None) -> Scores:
+def _score(impressions: Sequence[Impression], logits, length: int | None, counter: Counter | None = None) -> Scores:
     logits_I: list[np.ndarray] = [np.zeros(0, np.float32)] * len(impressions)
     # Histories of like length share a batch: padding is work.
     order = sorted(range(len(impressions)), key=lambda i: len(impressions[i].item_L))
     for start in range(0, len(order), BATCH):
         places = order[start : start + BATCH]
         batch = [impressions[i] for i in places]
-        request = collate(batch, length)
+        request = collate(batch, length, counted(batch, counter))
         logit_BC = logits(request, batch)
         for i, impression, logit_C in zip(places, batch, logit_BC.numpy(), strict=True):
             logits_I[i] = logit_C[: len(impression.candidate_C)]

@@ -1,4 +1,4 @@
-"""An independent check of every row: the definition of the cache, straight from the raw log, in float64.
+"""An independent check of every row: the definition of cache and counts, straight from the raw log, in float64.
 
 Shares no code with models.cache on purpose: two derivations of one formula agree, or one of them is wrong.
 
@@ -20,6 +20,7 @@ from deltalake import DeltaTable
 
 from feature_repo.reader import Reader
 from models.checkpoint import Checkpoint
+from models.counts import CountPlan
 from models.event import runs
 from models.row import Fold
 
@@ -29,8 +30,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowParity:
-    """Users compared, the largest difference of any mass or mean, users without a row, and the events in rows and log.
+    """Users compared, the largest difference of any number, users without a row, and the events in rows and log.
 
+    max_abs_error: of masses, means and counts.
     miscounted: users whose row does not hold as many events as the log has of them.
     """
 
@@ -61,6 +63,12 @@ def compare_rows(reader: Reader, log: Path) -> RowParity:
             mass_HKR, mean_HKRD = fold_raw(events, reader.checkpoint, reader.fold)
             worst = max(worst, float(np.abs(read.caches.mass_BHKR[b].numpy() - mass_HKR).max()))
             worst = max(worst, float(np.abs(read.caches.mean_BHKRD[b].numpy() - mean_HKRD).max()))
+            if reader.fold.counting is not None:
+                counted = count_raw(events, reader.fold.counting, reader.fold)
+                held = np.zeros_like(counted)
+                real_N = read.caches.cell_BN[b].numpy() < len(held)
+                held[read.caches.cell_BN[b].numpy()[real_N]] = read.caches.cell_mass_BNR[b].numpy()[real_N]
+                worst = max(worst, float(np.abs(held - counted).max()))
     return RowParity(
         users=users,
         max_abs_error=worst,
@@ -95,6 +103,19 @@ def fold_raw(events: pa.Table, checkpoint: Checkpoint, using: Fold) -> tuple[np.
                 total_K = np.bincount(code_N, share_N * value_NHD[:, h, d], sizes.codewords)
                 mean_HKRD[h, :, r, d] = np.divide(total_K, mass_K, out=np.zeros(sizes.codewords), where=held_K)
     return mass_HKR, mean_HKRD
+
+
+def count_raw(events: pa.Table, counting: CountPlan, using: Fold) -> np.ndarray:
+    """Counts of raw events by cell and rate, as of the newest of them; cell 0 is none."""
+    item_N, time_N = using.table.lookup(events["item_id"].to_pylist()), events["event_time_ms"].to_numpy()
+    age_N = (time_N.max(initial=0) - time_N).astype(np.float64)
+    counted = np.zeros((counting.cells, len(counting.half_life_ms)))
+    for r, half_life in enumerate(counting.half_life_ms):
+        share_N = events["weight"].to_numpy() * 0.5 ** (age_N / (np.inf if half_life is None else half_life))
+        for cell_N in using.table.cell_MQ[item_N].T:
+            counted[:, r] += np.bincount(cell_N, share_N, counting.cells)
+    counted[0] = 0.0
+    return counted
 
 
 def raw_users(log: Path) -> Iterator[tuple[str, pa.Table]]:

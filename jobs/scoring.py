@@ -134,7 +134,7 @@ def load_scorer(checkpoint: Checkpoint, fold: Fold, reader: Reader, placement: P
     placement = placement or Placement()
     if checkpoint.manifest.model != "vql":
         raise InputError(f"{checkpoint.path} holds a model {checkpoint.manifest.model!r}, which reads no cache")
-    ranker = load_ranker(checkpoint, fold.table.feature_MF).to(placement.device)
+    ranker = load_ranker(checkpoint, fold.table.feature_MF, fold.table.cell_MQ).to(placement.device)
     return Scorer(
         checkpoint_id=checkpoint.checkpoint_id,
         table=fold.table,

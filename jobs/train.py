@@ -7,8 +7,9 @@ was killed at any moment continues when the same command is run again, and ends 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,12 +22,14 @@ from jobs.event_log import LogFacts, log_facts, read_events
 from jobs.examples import Vocabulary, build_vocabulary, write_examples
 from jobs.spark import errors_of_workers, read_delta, table_version
 from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, Sizes, open_checkpoint, write_checkpoint
+from models.counts import CountPlan, exact_cells
 from models.diagnostics import Diagnostics
 from models.errors import CheckpointError, InputError
 from models.files import locked, replace_file
+from models.model_names import EXACT_COUNTS, counts_exactly, may_count
 from models.quantisation import diagnose
 from models.rivals import HISTORIES
-from models.timelines import count_impressions, drawn_events, timeline_files
+from models.timelines import CELLS, count_impressions, drawn_events, timeline_files
 from models.training import TrainPlan, final_parameters, train, trained_ranker
 
 DAY_MS = 86_400_000.0
@@ -44,6 +47,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "vql"
     sizes: Sizes = Sizes()
     half_life_ms: tuple[tuple[float | None, ...], ...] = ((DAY_MS,), (7 * DAY_MS,), (28 * DAY_MS,), (None,))
+    counts: CountPlan | None = None
     examples: ExamplePlan = ExamplePlan()
     length: int = 512
     epochs: int = 1
@@ -83,6 +87,7 @@ def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, proc
         metrics={"train_loss": _last_loss(work)},
         diagnostics=_diagnostics(plan) if job.model == "vql" else None,
         files={},
+        counts=job.counts,
     )
     made = write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
     pinned.unlink()
@@ -113,10 +118,16 @@ def check_job(job: TrainJob, out: Path) -> None:
         raise InputError(f"{len(job.half_life_ms)} half-lives for {job.sizes.heads} heads; give one per head")
     if len({len(head) for head in job.half_life_ms}) != 1:
         raise InputError(f"every head needs as many rates as the others: {job.half_life_ms}")
-    if job.model not in HISTORIES:
-        raise InputError(f"model {job.model!r} is none of {', '.join(HISTORIES)}")
+    if job.model.removesuffix(EXACT_COUNTS) not in HISTORIES:
+        raise InputError(f"model {job.model!r} is none of {', '.join(HISTORIES)}, nor one of these with {EXACT_COUNTS}")
+    if job.counts is not None and not may_count(job.model):
+        raise InputError(f"{job.model} is given no counts; {job.model}{EXACT_COUNTS} is")
+    if job.counts is None and counts_exactly(job.model):
+        raise InputError(f"{job.model} has nothing to count")
     if len({"item_id", *job.fields}) != 1 + len(job.fields):
         raise InputError(f"fields {list(job.fields)}: item_id is always one, and each can be there once")
+    if job.counts and (unknown := [f for f in job.counts.fields if f not in ("item_id", *job.fields)]):
+        raise InputError(f"counted fields {unknown} are none of item_id and the fields {list(job.fields)}")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()):
         raise InputError(f"{out} exists and is no checkpoint; give --checkpoint another path")
 
@@ -124,6 +135,20 @@ def check_job(job: TrainJob, out: Path) -> None:
 def parse_half_lives(texts: list[str]) -> tuple[tuple[float | None, ...], ...]:
     """One text per head, such as "12h", "7d", "never" or "1d,never". Raises InputError."""
     return tuple(tuple(_duration_ms(part, "half-life") for part in text.split(",")) for text in texts)
+
+
+def counted_fields(model: str, asked: list[str], fields: Sequence[str]) -> list[str]:
+    """What is counted: what was asked for, or, by a model that may count, the item and every field that it uses."""
+    return asked or (["item_id", *fields] if may_count(model) else [])
+
+
+def parse_counts(fields: list[str], half_lives: str) -> CountPlan | None:
+    """Fields to count, each at half-lives such as "7d,never"; None for no field. Raises InputError."""
+    if not fields:
+        return None
+    if len(set(fields)) != len(fields):
+        raise InputError(f"counted fields {fields}: each can be there once")
+    return CountPlan(fields=fields, half_life_ms=list(parse_half_lives([half_lives])[0]))
 
 
 def parse_delay_ms(text: str) -> int:
@@ -166,13 +191,33 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
         half_life_ms=[list(head) for head in job.half_life_ms],
         actions=actions,
         field_rows=[len(values) + 1 for values in vocabulary.fields.values()],
+        counts=job.counts,
         length=job.length,
         epochs=job.epochs,
         batch=job.batch,
         patience=job.patience,
         seed=job.seed,
     )
+    if job.counts is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.save(buffer, item_cells(job.model, job.counts, vocabulary))
+        replace_file(work / CELLS, buffer.getvalue())
     return plan, vocabulary
+
+
+def item_cells(model: str, counts: CountPlan, vocabulary: Vocabulary) -> np.ndarray:
+    """What each item is counted as (M Q); row 0, the unknown item, is not."""
+    fields = list(vocabulary.fields)
+    if counts_exactly(model):
+        return exact_cells(vocabulary.feature_MF, fields, counts)
+    return np.stack(
+        [
+            counts.cells_of(f, ["", *vocabulary.fields[f]])[vocabulary.feature_MF[:, fields.index(f)]]
+            for f in counts.fields
+        ],
+        axis=1,
+    )
 
 
 def known_actions(events: DataFrame) -> list[str]:

@@ -8,7 +8,8 @@ a half-life of an hour under- or overflows. A codeword whose mass is not positiv
 its event) is read as absent. A user without history reads zeros.
 
 Shapes: B users, C candidates, H heads, G groups, K codewords per group, R rates, E key width per head,
-D value width per head, L events of a history.
+D value width per head, L events of a history; of counts (`models.counts`): N entries of the user who has most, Q
+counted fields, R rates of their own, X = Q * R.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Float64, Int64
+from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64
 
 from models.cache import Cache, CacheSpec
+from models.count_kernels import BEYOND
 
 # Logits within this need no maximum subtracted: exp(2 * 30) times a mass that float32 loses beside the largest is 1e-12
 # of the sum. Masses then meet the candidates in a product of matrices, which takes half the time of a softmax.
@@ -32,17 +34,24 @@ LOG_MIN = -1e30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheBatch:
-    """The caches of a batch of users, dense; absent users have no mass and `present_B` False."""
+    """The caches of a batch of users, dense; absent users have no mass and `present_B` False.
+
+    The counts beside them are sparse, in rising order of cell; N is 0 where nothing is counted.
+    """
 
     mass_BHKR: Float32[torch.Tensor, "B H K R"]
     mean_BHKRD: Float[torch.Tensor, "B H K R D"]
     reference_ms_B: Int64[torch.Tensor, "B"]
     count_B: Int64[torch.Tensor, "B"]
     present_B: Bool[torch.Tensor, "B"]
+    cell_BN: Int32[torch.Tensor, "B N"]
+    cell_mass_BNR: Float32[torch.Tensor, "B N R2"]
 
     @classmethod
-    def of(cls, spec: CacheSpec, caches: Sequence[Cache | None]) -> CacheBatch:
-        """Scatter sparse caches (None: absent user) into one dense batch on the CPU."""
+    def of(
+        cls, spec: CacheSpec, caches: Sequence[Cache | None], counts: Sequence[Cache | None] | None = None
+    ) -> CacheBatch:
+        """Scatter sparse caches (None: absent user) into one dense batch on the CPU, with these counts of the users."""
         group_heads = spec.heads // spec.groups
         mass = np.zeros((len(caches), spec.groups * spec.codewords, group_heads, spec.rates), np.float32)
         mean = np.zeros((*mass.shape, spec.value_width), np.float32)
@@ -56,6 +65,7 @@ class CacheBatch:
             reference_ms_B=torch.tensor([c.reference_ms if c else 0 for c in caches], dtype=torch.int64),
             count_B=torch.tensor([c.count if c else 0 for c in caches], dtype=torch.int64),
             present_B=torch.tensor([c is not None for c in caches], dtype=torch.bool),
+            **padded_counts([None if c is None else (c.code_N, c.mass_NPR[:, 0]) for c in counts or ()], len(caches)),
         )
 
     def take(self, at_N: Sequence[int]) -> CacheBatch:
@@ -73,6 +83,18 @@ class CacheBatch:
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> CacheBatch:
         return CacheBatch(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+
+def padded_counts(entries: Sequence[tuple[np.ndarray, np.ndarray] | None], users: int) -> dict[str, torch.Tensor]:
+    """Each user's cells (N) and masses (N x R), None for no entry, as the fields of a CacheBatch that hold counts."""
+    held = [each for each in entries if each is not None]
+    longest = max((len(cell_N) for cell_N, _ in held), default=0)
+    cell_BN = np.full((users, longest), BEYOND, np.int32)
+    mass_BNR = np.zeros((users, longest, held[0][1].shape[1] if held else 0), np.float32)
+    for b, each in enumerate(entries):
+        if each is not None:
+            cell_BN[b, : len(each[0])], mass_BNR[b, : len(each[0])] = each
+    return {"cell_BN": torch.from_numpy(cell_BN), "cell_mass_BNR": torch.from_numpy(mass_BNR)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +152,25 @@ def read_entries(
     # The largest mass is 1 and no logit is below -REACH_MAX: a total that is less is that of nobody's entries.
     total_BHC1 = sum_BHCX[..., -1:].clamp(min=TOTAL_MIN)
     return (sum_BHCX[..., :-1] / total_BHC1).transpose(1, 2)
+
+
+def read_counts(
+    cell_BCQ: Int32[torch.Tensor, "B C Q"],
+    cache: CacheBatch,
+    rate_R: Float64[torch.Tensor, "R"],
+    now_ms_B: Int64[torch.Tensor, "B"],
+) -> Float32[torch.Tensor, "B C X"]:
+    """`models.counts.read` of a batch: each candidate's counts as of now, never negative; by bisection."""
+    shape = (*cell_BCQ.shape[:2], cell_BCQ.shape[2] * len(rate_R))
+    if cache.cell_BN.shape[1] == 0:
+        return torch.zeros(shape, device=cell_BCQ.device)
+    cell_BP = cell_BCQ.flatten(1)
+    at_BP = torch.searchsorted(cache.cell_BN, cell_BP).clamp_(max=cache.cell_BN.shape[1] - 1)
+    found_BP = cache.cell_BN.gather(1, at_BP) == cell_BP
+    mass_BPR = cache.cell_mass_BNR.gather(1, at_BP[..., None].expand(-1, -1, len(rate_R)))
+    decay_BR = (-rate_R * (now_ms_B - cache.reference_ms_B).double()[:, None]).exp()
+    count_BPR = (mass_BPR * decay_BR[:, None]).clamp_(min=0)
+    return torch.where(found_BP[..., None], count_BPR, 0.0).float().reshape(shape)
 
 
 def masses_now(

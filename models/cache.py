@@ -20,9 +20,8 @@ error" is wider where the net count is zero (many folds may have added to it: a 
 year-old memories). An entry with no mass left is gone. The laws hold for logs in which a retraction follows its
 event; one that comes first and cancels another event's mass exactly makes the entry forget the other's value.
 
-No other file multiplies a mass but `cache_kernels`, the compiled forms of what is here, and `states`, the
-differentiable one. Knows nothing of items, rows
-or torch.
+No other file multiplies a mass but `cache_kernels` and `count_kernels`, the compiled forms of what is here, and
+`states`, the differentiable one. Knows nothing of items, rows or torch.
 
 Shapes: N events or entries, G groups, K codewords per group, H heads, P = H / G heads per group, R decay rates,
 D value width per head. An entry's code is g * K + j.

@@ -1,6 +1,6 @@
 """The compiled forms of the algebra that `models.cache` states: one user's fold, and the caches of a batch as tensors.
 
-No file but these two multiplies a mass. Shapes: as in `cache`, with B users, M items and A actions.
+Shapes: as in `cache`, with B users, M items and A actions.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ VANISHED = 1e-30
 CACHE_LINE_BYTES = 64
 
 # A row that is somewhere in memory: the addresses of its entries' codes (u16), net counts (i32), masses and means
-# (f32), its recent events' places among those of the batch, and what it says of itself. status 0: it can be used.
+# (f32), its recent events' places among those of the batch, the same of its counts, and what it says of itself.
+# status 0: it can be used.
 PLACE = np.dtype(
     [
         (name, "<i8")
         for name in (
             *("status", "codes", "nets", "masses", "means", "entries", "first", "events"),
+            *("cells", "cell_nets", "cell_masses", "cell_entries"),
             *("reference_ms", "count", "epoch", "offset", "revision"),
         )
     ]

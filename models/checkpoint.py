@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from models.cache import CacheSpec
+from models.counts import CountPlan
 from models.diagnostics import Diagnostics
 from models.errors import CheckpointError
 from models.files import disk_error, sha256_file
@@ -59,7 +60,10 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """manifest.json. half_life_ms is H x R with null for "never"; actions[0] is "other"; diagnostics: of vql alone."""
+    """manifest.json. half_life_ms is H x R with null for "never"; actions[0] is "other"; diagnostics: of vql alone.
+
+    counts: null where none are kept.
+    """
 
     model: str
     sizes: Sizes
@@ -69,6 +73,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     training: dict[str, str | int | float]
     metrics: dict[str, float]
     files: dict[str, str]
+    counts: CountPlan | None = None
     diagnostics: Diagnostics | None = None
     format_version: int = FORMAT_VERSION
 
@@ -102,8 +107,10 @@ class Checkpoint:
     def fold(self) -> Fold:
         """What a writer of rows needs; reads the item table. Raises CheckpointError when it was never made."""
         action_value_AHD = self.tensors([ACTION_VALUES])[ACTION_VALUES]
-        table = load_table(self.items_path, self.checkpoint_id, action_value_AHD, self.manifest.sizes.groups)
-        return Fold(spec=self.spec, window=self.manifest.sizes.window, table=table)
+        counting, sizes = self.manifest.counts, self.manifest.sizes
+        counted = 0 if counting is None else len(counting.fields)
+        table = load_table(self.items_path, self.checkpoint_id, action_value_AHD, sizes.groups, counted)
+        return Fold(spec=self.spec, window=sizes.window, table=table, counting=counting)
 
     def action_index(self, actions: Sequence[str]) -> np.ndarray:
         """Indices of the actions; 0 ("other") for those the checkpoint was not trained with."""

@@ -1,6 +1,7 @@
 """The rows of a batch of users as the tensors that attention reads: the fast twin of decoding and folding each row.
 
-`models.row.whole_cache` and `CacheBatch.of` say what the result is, bit for bit; a test holds both against each other.
+`models.row.whole_cache`, `whole_counts` and `CacheBatch.of` say what the result is, bit for bit; a test holds both
+against each other.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import numpy as np
 import torch
 from jaxtyping import Int64
 
-from models.attention import CacheBatch
+from models.attention import CacheBatch, padded_counts
 from models.cache_kernels import PLACE, dense_kernel
+from models.count_kernels import count_rows_kernel
+from models.counts import CountPlan
 from models.row import Fold, RowBytes
 from models.row_places import ABSENT, SOUND, RowPlaces, place_rows
 
@@ -27,7 +30,7 @@ class DenseCaches(NamedTuple):
 
 def placed(rows: Sequence[RowBytes | None], using: Fold) -> RowPlaces:
     """The rows checked and found where they lie; None for users that have none."""
-    return place_rows(rows, using.spec, len(using.table.action_value_AHD))
+    return place_rows(rows, using.spec, len(using.table.action_value_AHD), using.count_spec)
 
 
 class DenseBatch:
@@ -54,6 +57,7 @@ class DenseBatch:
         self._written = [*(tensor.numpy() for tensor in tensors), self._unknown_B]
         self.place_B = np.zeros(users, PLACE)
         self.place_B["status"] = ABSENT
+        self._counts: list[tuple[np.ndarray, np.ndarray] | None] = [None] * users
 
     def fill(self, first: int, rows: Sequence[RowBytes | None]) -> None:
         """The rows of the users from `first` on."""
@@ -65,26 +69,31 @@ class DenseBatch:
         # The kernel writes where it is told to, and would write beyond the tensors.
         assert 0 <= first <= len(self.place_B) - users, f"{users} rows from {first} on in {len(self.place_B)}"
         at = slice(first, first + users)
-        table = self._using.table
+        using, table = self._using, self._using.table
         self._kernel(
             places.place_B,
             places.event_N,
             table.code_MG,
             table.value_MHD,
             table.action_value_AHD,
-            self._using.spec.rate_GPR,
+            using.spec.rate_GPR,
             *(array[at] for array in self._written),
         )
+        if using.counting is not None:
+            reference_ms_B = self._written[2][at]
+            self._counts[at] = _counts(places, reference_ms_B, using.counting, table.cell_MQ)
         self.place_B[at] = places.place_B
 
     def caches(self) -> DenseCaches:
         """The whole batch, on the device."""
+        counts = {name: each.to(self._device) for name, each in padded_counts(self._counts, len(self._counts)).items()}
         caches = CacheBatch(
             mass_BHKR=self._mass_BHKR.to(self._device, non_blocking=True),
             mean_BHKRD=self._mean_BHKRD.to(self._device, non_blocking=True),
             reference_ms_B=self._reference_ms_B.to(self._device, non_blocking=True),
             count_B=self._count_B.to(self._device, non_blocking=True),
             present_B=torch.from_numpy(self.place_B["status"] == SOUND).to(self._device),
+            **counts,
         )
         return DenseCaches(caches, self._unknown_B)
 
@@ -94,3 +103,17 @@ def dense_caches(places: RowPlaces, using: Fold, device: torch.device) -> DenseC
     batch = DenseBatch(len(places.place_B), using, device)
     batch.scatter(0, places)
     return batch.caches()
+
+
+def _counts(
+    places: RowPlaces, reference_ms_B: np.ndarray, counting: CountPlan, cell_MQ: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray] | None]:
+    """Each user's cells and masses, as of these times; None for users without a sound row."""
+    place_B, rate_R = places.place_B, counting.rate_R
+    sound_B = place_B["status"] == SOUND
+    most_B = np.where(sound_B, place_B["cell_entries"] + place_B["events"] * cell_MQ.shape[1], 0)
+    start_B, size_B = np.cumsum(most_B) - most_B, np.zeros(len(place_B), np.int64)
+    cell_N, mass_NR = np.empty(most_B.sum(), np.uint16), np.empty((most_B.sum(), len(rate_R)), np.float32)
+    count_rows_kernel(places.place_B, places.event_N, cell_MQ, rate_R, reference_ms_B, start_B, cell_N, mass_NR, size_B)
+    bounds = zip(sound_B.tolist(), start_B.tolist(), (start_B + size_B).tolist(), strict=True)
+    return [(cell_N[start:end], mass_NR[start:end]) if sound else None for sound, start, end in bounds]

@@ -5,11 +5,12 @@ looks items up here. Row 0 is the unknown item, which stands for every item the 
 only ever appended (`encode-items`), so an index written into a row of the cache stays valid.
 
 On disk: <checkpoint>/items/items.json names the segments in order, with their sizes and hashes; a segment is a
-Parquet file with columns item_id, code (G x int32), value (H * D x float32) and feature (F x int32, the embedding
-row of each item field, with which a ranker encodes candidates). The file items.json is replaced atomically, after
+Parquet file with columns item_id, code (G x int32), value (H * D x float32), feature (F x int32, the embedding
+row of each item field, with which a ranker encodes candidates) and, where the checkpoint counts, cell (Q x int32, what
+`models.counts` counts the item as). The file items.json is replaced atomically, after
 its segments are complete.
 
-Shapes: M items, F item fields, A actions, G groups, H heads, D value width per head.
+Shapes: M items, F item fields, Q counted fields, A actions, G groups, H heads, D value width per head.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ SEGMENT = pa.schema(
         ("code", pa.list_(pa.int32())),
         ("value", pa.list_(pa.float32())),
         ("feature", pa.list_(pa.int32())),
+        ("cell", pa.list_(pa.int32())),
     ]
 )
 
@@ -57,12 +59,13 @@ class TableIndex(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ItemTable:
-    """Codes and values by item index, and the index by item id."""
+    """Codes, values and cells by item index, and the index by item id."""
 
     checkpoint_id: str
     index: dict[str, int]
     code_MG: UInt16[np.ndarray, "M G"]
     feature_MF: Int64[np.ndarray, "M F"]
+    cell_MQ: UInt16[np.ndarray, "M Q"]
     value_MHD: Float32[np.ndarray, "M H D"]
     action_value_AHD: Float32[np.ndarray, "A H D"]
 
@@ -86,15 +89,22 @@ def read_index(folder: Path) -> TableIndex:
 
 
 def segment_table(
-    item_ids: Sequence[str], code_NG: np.ndarray, value_NV: np.ndarray, feature_NF: np.ndarray
+    item_ids: Sequence[str],
+    code_NG: np.ndarray,
+    value_NV: np.ndarray,
+    feature_NF: np.ndarray,
+    cell_NQ: np.ndarray | None = None,
 ) -> pa.Table:
-    """Items as the columns of a segment; V = H * D."""
+    """Items as the columns of a segment; V = H * D. cell_NQ: None for a checkpoint that does not count."""
+    if cell_NQ is None:
+        cell_NQ = np.empty((len(item_ids), 0))
     return pa.table(
         {
             "item_id": item_ids,
             "code": pa.array(list(code_NG.astype(np.int32)), pa.list_(pa.int32())),
             "value": pa.array(list(value_NV.astype(np.float32)), pa.list_(pa.float32())),
             "feature": pa.array(list(feature_NF.astype(np.int32)), pa.list_(pa.int32())),
+            "cell": pa.array(list(cell_NQ.astype(np.int32)), pa.list_(pa.int32())),
         },
         schema=SEGMENT,
     )
@@ -121,35 +131,38 @@ def append_segments(folder: Path, checkpoint_id: str, files: Sequence[Path]) -> 
 
 
 def load_table(
-    folder: Path, checkpoint_id: str, action_value_AHD: Float32[np.ndarray, "A H D"], groups: int
+    folder: Path, checkpoint_id: str, action_value_AHD: Float32[np.ndarray, "A H D"], groups: int, counted: int = 0
 ) -> ItemTable:
-    """Read and verify every segment. Raises CheckpointError for a missing, damaged or foreign table."""
+    """Read and verify every segment; `counted` is Q. Raises CheckpointError for a missing, damaged or foreign table."""
     index = read_index(folder)
     if index.checkpoint_id != checkpoint_id:
         raise CheckpointError(f"{folder} is the item table of {index.checkpoint_id}, not of {checkpoint_id}")
     if not index.segments:
         raise CheckpointError(f"{folder} holds an item table without items; restore it from a copy")
-    tables = [_read_segment(folder / s.name, s) for s in index.segments]
+    columns = ["item_id", "code", "value", "feature", *(["cell"] if counted else [])]
+    tables = [_read_segment(folder / s.name, s, columns) for s in index.segments]
     table = pa.concat_tables(tables).combine_chunks()
     _, heads, width = action_value_AHD.shape
     item_ids = table["item_id"].to_pylist()
+    cell_MQ = _matrix(table["cell"], counted) if counted else np.empty((len(item_ids), 0))
     return ItemTable(
         checkpoint_id=checkpoint_id,
         # Backwards, so that an item that occurs twice keeps its first index, which rows may hold.
         index={item_ids[i]: i for i in range(len(item_ids) - 1, UNKNOWN, -1)},
         code_MG=_matrix(table["code"], groups).astype(np.uint16),
         feature_MF=_matrix(table["feature"], len(table["feature"][0])).astype(np.int64),
+        cell_MQ=cell_MQ.astype(np.uint16),
         value_MHD=_matrix(table["value"], heads * width).astype(np.float32).reshape(-1, heads, width),
         action_value_AHD=action_value_AHD,
     )
 
 
-def _read_segment(path: Path, segment: Segment) -> pa.Table:
+def _read_segment(path: Path, segment: Segment, columns: list[str]) -> pa.Table:
     if not path.exists():
         raise CheckpointError(f"{path} is missing; restore it from a copy: rows hold its indices")
     if sha256_file(path) != segment.sha256:
         raise CheckpointError(f"{path} does not match its hash; restore it from a copy: rows hold its indices")
-    return pq.read_table(path, columns=["item_id", "code", "value", "feature"])
+    return pq.read_table(path, columns=columns)
 
 
 def _matrix(column: pa.ChunkedArray, width: int) -> np.ndarray:

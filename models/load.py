@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt16
 
 from models.checkpoint import Checkpoint
+from models.counts import exact_cells
 from models.errors import CheckpointError
+from models.model_names import counts_exactly
 from models.ranker import Ranker, Shape
-from models.rivals import HISTORIES
+from models.rivals import HISTORIES, new_history
 
 
-def load_ranker(checkpoint: Checkpoint, feature_MF: Int64[np.ndarray, "M F"]) -> Ranker:
+def load_ranker(
+    checkpoint: Checkpoint, feature_MF: Int64[np.ndarray, "M F"], cell_MQ: UInt16[np.ndarray, "M Q"] | None = None
+) -> Ranker:
     """The trained model in evaluation mode. Raises CheckpointError when the parameters do not fit the manifest.
 
-    feature_MF are the embedding rows of the items it will be asked about: the item table's, usually.
+    feature_MF are the embedding rows of the items it will be asked about, and cell_MQ what these are counted as: the
+    item table's, usually. A checkpoint that counts in its rows needs cells.
     """
     manifest = checkpoint.manifest
     tensors = {name: torch.from_numpy(array) for name, array in checkpoint.tensors().items()}
     rows = [len(tensors[f"encoder.fields.{f}.weight"]) for f in range(len(manifest.fields))]
     shape = Shape(
-        sizes=manifest.sizes, half_life_ms=manifest.half_life_ms, actions=len(manifest.actions), field_rows=rows
+        sizes=manifest.sizes,
+        half_life_ms=manifest.half_life_ms,
+        actions=len(manifest.actions),
+        field_rows=rows,
+        counting=manifest.counts,
     )
-    if manifest.model not in HISTORIES:
-        raise CheckpointError(f"{checkpoint.path} holds a model {manifest.model!r}; known are {list(HISTORIES)}")
-    ranker = Ranker(shape, torch.from_numpy(feature_MF), HISTORIES[manifest.model](shape))
+    try:
+        history = new_history(manifest.model, shape)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{checkpoint.path} holds a model {manifest.model!r}; known are {list(HISTORIES)}"
+        ) from error
+    if manifest.counts is not None and counts_exactly(manifest.model):
+        cell_MQ = exact_cells(feature_MF, manifest.fields, manifest.counts)
+    ranker = Ranker(shape, torch.from_numpy(feature_MF), history, cell_MQ)
     try:
         ranker.load_state_dict(tensors)
     except RuntimeError as error:

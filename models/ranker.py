@@ -4,6 +4,9 @@ The frame is shared by VQL and its rivals, so that a comparison compares only th
 `VqlHistory`: layer-normed queries and keys, keys quantised by group, values exact, a separable temporal kernel.
 It trains on raw histories, then on timelines in chunks, and serves from caches: all give the same scores (a test).
 
+Beside the history, the head sees how often the user has met the candidate and its like (`models.counts`), if the
+checkpoint counts: log(1 + count), with any way to read a history.
+
 Shapes: as in `attention`; N items, d model width, V = H * D all value widths, F item fields.
 """
 
@@ -13,15 +16,17 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Integer
 from torch import nn
 from torch.nn import functional
 
-from models.attention import CacheBatch, Kernel, history_bias, read, read_history
+from models.attention import CacheBatch, Kernel, history_bias, read, read_counts, read_history
 from models.checkpoint import Sizes
 from models.chunked import read_timelines
 from models.codebook import Codebook
+from models.counts import Counter, CountPlan
 from models.request import PADDING, Request, TimelineBatch
 from models.states import Impressions, Timelines
 
@@ -34,12 +39,13 @@ CHUNK = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """All that a ranker is built from: sizes, half-lives (H x R, null: never), actions, and rows per item field."""
+    """All that a ranker is built from: sizes, half-lives (H x R, null: never), actions, rows per item field, counts."""
 
     sizes: Sizes
     half_life_ms: list[list[float | None]]
     actions: int
     field_rows: list[int]
+    counting: CountPlan | None = None
 
 
 class HistoryReader(Protocol):
@@ -197,10 +203,32 @@ class VqlHistory(nn.Module):
 
 
 class Ranker(nn.Module):
-    """Scores candidates from their own context and from what `history` reads of the user."""
+    """Scores candidates from their own context, from what `history` reads of the user, and from counts.
 
-    def __init__(self, shape: Shape, feature_MF: Int64[torch.Tensor, "M F"], history: nn.Module) -> None:
+    cell_MQ: what each item is counted as, for a shape that counts: as rows have it (`CountPlan.cells_of`), or, for a
+    rival, exactly (`counts.exact_cells`).
+    """
+
+    cell_MQ: torch.Tensor
+    count_rate_R: torch.Tensor
+
+    def __init__(
+        self,
+        shape: Shape,
+        feature_MF: Int64[torch.Tensor, "M F"],
+        history: nn.Module,
+        cell_MQ: Integer[np.ndarray, "M Q"] | None = None,
+    ) -> None:
         super().__init__()
+        counting = shape.counting
+        cell_MQ = np.zeros((len(feature_MF), 0), np.uint16) if cell_MQ is None else cell_MQ
+        if counting is not None and cell_MQ.shape[1] != len(counting.fields):
+            raise ValueError(f"{cell_MQ.shape[1]} cells per item for {len(counting.fields)} counted fields")
+        self.counting = counting
+        self.count_width = 0 if counting is None else counting.width
+        self.register_buffer("cell_MQ", torch.from_numpy(cell_MQ.astype(np.int32)), persistent=False)
+        rate_R = torch.empty(0, dtype=torch.float64) if counting is None else torch.from_numpy(counting.rate_R)
+        self.register_buffer("count_rate_R", rate_R, persistent=False)
         value_width = shape.sizes.heads * shape.sizes.value_width
         self.encoder = ItemEncoder(shape, feature_MF)
         self.history = history
@@ -208,13 +236,13 @@ class Ranker(nn.Module):
         value = getattr(history, "value", None)
         if isinstance(value, nn.Linear):
             self.candidate.weight.data.copy_(value.weight.data)
-        self.head = nn.Sequential(nn.Linear(3 * value_width, 64), nn.ReLU(), nn.Linear(64, 1))
+        self.head = nn.Sequential(nn.Linear(3 * value_width + self.count_width, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, request: Request | TimelineBatch) -> tuple[Float[torch.Tensor, "B C"], Float[torch.Tensor, ""]]:
         """Logits from raw events, and the history's auxiliary loss: the training form. Only VQL reads timelines."""
         x_BCd = self.encoder(request.candidate_BC)
         seen_BCV, auxiliary = self.history(x_BCd, self.encoder, request)
-        return self.logits(x_BCd, seen_BCV), auxiliary
+        return self.logits(x_BCd, seen_BCV, request.count_BCX), auxiliary
 
     def from_cache(
         self,
@@ -226,15 +254,42 @@ class Ranker(nn.Module):
         if not isinstance(self.history, VqlHistory):
             raise TypeError(f"{type(self.history).__name__} cannot be read from a cache")
         x_BCd = self.encoder(candidate_BC)
-        return self.logits(x_BCd, self.history.from_cache(x_BCd, cache, now_ms_B))
+        seen_BCV = self.history.from_cache(x_BCd, cache, now_ms_B)
+        return self.logits(x_BCd, seen_BCV, self.counts_from_cache(candidate_BC, cache, now_ms_B))
+
+    def counts_from_cache(
+        self, candidate_BC: torch.Tensor, cache: CacheBatch, now_ms_B: torch.Tensor
+    ) -> Float[torch.Tensor, "B C X"] | None:
+        """The candidates' counts as `logits` takes them; None where nothing is counted."""
+        if self.counting is None:
+            return None
+        return read_counts(self.cell_MQ[candidate_BC], cache, self.count_rate_R, now_ms_B)
 
     def logits(
-        self, x_BCd: Float[torch.Tensor, "B C d"], seen_BCV: Float[torch.Tensor, "B C V"]
+        self,
+        x_BCd: Float[torch.Tensor, "B C d"],
+        seen_BCV: Float[torch.Tensor, "B C V"],
+        count_BCX: Float[torch.Tensor, "B C X"] | None = None,
     ) -> Float[torch.Tensor, "B C"]:
-        """Logits from the candidates' vectors, and from what each of them sees of the history."""
+        """Logits from the candidates' vectors, what each of them sees of the history, and counts (None: no counts).
+
+        Raises ValueError for counts that the head does not know, or for none where it needs them.
+        """
         candidate_BCV = self.candidate(x_BCd)
-        joint = torch.cat([candidate_BCV, seen_BCV, candidate_BCV * seen_BCV], dim=-1)
-        return self.head(joint)[..., 0]
+        parts = [candidate_BCV, seen_BCV, candidate_BCV * seen_BCV]
+        width = 0 if count_BCX is None else count_BCX.shape[-1]
+        if width != self.count_width:
+            raise ValueError(f"{width} counts for a head of {self.count_width}; collate with the ranker's counter")
+        if count_BCX is not None:
+            parts.append(count_BCX.log1p())
+        return self.head(torch.cat(parts, dim=-1))[..., 0]
+
+    @property
+    def counter(self) -> Counter | None:
+        """Counts from raw histories, for `collate`; None where nothing is counted."""
+        if self.counting is None:
+            return None
+        return Counter(plan=self.counting, cell_MQ=self.cell_MQ.cpu().numpy())
 
 
 def _take(rows: torch.Tensor, at_BL: torch.Tensor) -> torch.Tensor:

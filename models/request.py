@@ -5,7 +5,7 @@ the user: the form that VQL is trained on.
 
 Shapes: B requests or impressions, C candidates, L events of the longest history, M events of all timelines, I
 impressions of a user. Padding has weight 0 (events) or label -1 (candidates). Indices are rows of the feature table: 0
-is the unknown item.
+is the unknown item. X numbers of counts (`models.counts`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64
+
+from models.counts import Asked, Counter
 
 PADDING = -1
 
@@ -44,12 +46,16 @@ class History:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """Candidates to score for B users at their times, and what happened (1, 0, or -1 for padding)."""
+    """Candidates to score for B users at their times, and what happened (1, 0, or -1 for padding).
+
+    count_BCX: how often each user has met each candidate and its like; X is 0 where nothing is counted.
+    """
 
     candidate_BC: Int64[torch.Tensor, "B C"]
     label_BC: Float32[torch.Tensor, "B C"]
     now_ms_B: Int64[torch.Tensor, "B"]
     history: History
+    count_BCX: Float32[torch.Tensor, "B C X"]
 
     def to(self, device: torch.device) -> Request:
         """The same, on this device."""
@@ -76,6 +82,7 @@ class TimelineBatch:
     action_M: Int64[torch.Tensor, "M"]
     time_ms_M: Int64[torch.Tensor, "M"]
     weight_M: Float32[torch.Tensor, "M"]
+    count_BCX: Float32[torch.Tensor, "B C X"]
 
     def to(self, device: torch.device) -> TimelineBatch:
         """The same, on this device."""
@@ -98,6 +105,11 @@ class Impression:
     action_L: np.ndarray
     time_ms_L: np.ndarray
     weight_L: np.ndarray
+
+    def counts(self, counter: Counter) -> list[np.ndarray]:
+        """How often the user has met each candidate and its like (C X), as the one of a list."""
+        asked = Asked(len(self.item_L), self.now_ms, self.candidate_C)
+        return counter.of_timeline(self.item_L, self.time_ms_L, self.weight_L, [asked])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +142,16 @@ class Timeline:
             for i, end in enumerate(self.end_I.tolist())
         ]
 
+    def counts(self, counter: Counter) -> list[np.ndarray]:
+        """How often the user has met each candidate and its like, for each impression (C X)."""
+        asked = [
+            Asked(end, now_ms, candidate_C)
+            for end, now_ms, candidate_C in zip(
+                self.end_I.tolist(), self.now_ms_I.tolist(), self.candidates, strict=True
+            )
+        ]
+        return counter.of_timeline(self.item_L, self.time_ms_L, self.weight_L, asked)
+
     def part(self, first: int, until: int) -> Timeline:
         """The impressions of these numbers, with the events that they see."""
         end = int(self.end_I[first:until].max())
@@ -146,8 +168,18 @@ class Timeline:
         )
 
 
-def collate(impressions: Sequence[Impression], length: int | None = None) -> Request:
-    """A batch of impressions, each with its newest `length` events (all, when None)."""
+def counted(share: Sequence[Impression | Timeline], counter: Counter | None) -> list[np.ndarray] | None:
+    """The counts of all impressions in their order, in one pass over each timeline; None where nothing is counted.
+
+    Of all events before the impression, however few are attended to: a row has them all too.
+    """
+    return None if counter is None else [count_CX for one in share for count_CX in one.counts(counter)]
+
+
+def collate(
+    impressions: Sequence[Impression], length: int | None = None, counts: Sequence[np.ndarray] | None = None
+) -> Request:
+    """A batch of impressions, each with its newest `length` events (all, when None), and their counts (`counted`)."""
     longest = max(1, *(len(i.item_L) for i in impressions))
     width = min(longest, length or longest)
 
@@ -168,11 +200,12 @@ def collate(impressions: Sequence[Impression], length: int | None = None) -> Req
             time_ms_BL=history("time_ms_L", np.int64),
             weight_BL=history("weight_L", np.float32),
         ),
+        count_BCX=_padded_counts(counts, [i.candidate_C for i in impressions]),
     )
 
 
-def collate_timelines(timelines: Sequence[Timeline]) -> TimelineBatch:
-    """A batch of timelines, each with the events that its impressions see."""
+def collate_timelines(timelines: Sequence[Timeline], counts: Sequence[np.ndarray] | None = None) -> TimelineBatch:
+    """A batch of timelines, each with the events that its impressions see, and their counts (`counted`)."""
     first = 0
     of_user: dict[str, list[np.ndarray]] = {name: [] for name in ("item_L", "action_L", "time_ms_L", "weight_L")}
     firsts, ends = [], []
@@ -197,6 +230,7 @@ def collate_timelines(timelines: Sequence[Timeline]) -> TimelineBatch:
         action_M=joined(of_user["action_L"], np.int64),
         time_ms_M=joined(of_user["time_ms_L"], np.int64),
         weight_M=joined(of_user["weight_L"], np.float32),
+        count_BCX=_padded_counts(counts, [c for t in timelines for c in t.candidates]),
     )
 
 
@@ -205,4 +239,13 @@ def _padded(rows: Sequence[np.ndarray], dtype: type, padding: int) -> torch.Tens
     out = np.full((len(rows), max(map(len, rows))), padding, dtype)
     for b, row in enumerate(rows):
         out[b, : len(row)] = row
+    return torch.from_numpy(out)
+
+
+def _padded_counts(counts: Sequence[np.ndarray] | None, candidates: Sequence[np.ndarray]) -> torch.Tensor:
+    """The counts of each impression's candidates (B C X), 0 for padding; X is 0 for None."""
+    width = 0 if counts is None else counts[0].shape[1]
+    out = np.zeros((len(candidates), max(map(len, candidates)), width), np.float32)
+    for b, count_CX in enumerate(counts or ()):
+        out[b, : len(count_CX)] = count_CX
     return torch.from_numpy(out)

@@ -9,7 +9,8 @@ event is folded at once.
 An erased user's row stays, empty and stamped with the tombstone: were it gone, a slow writer could bring back what
 it read before.
 
-Reading is the inverse: the user's cache is `folded` with `recent` folded in (`whole_cache`).
+Reading is the inverse: the user's cache is `folded` with `recent` folded in (`whole_cache`). Where a checkpoint counts
+(`models.counts`), the counts of the same events go the same way (`whole_counts`).
 Knows items only as indices of an item table. Shapes: as in `cache`.
 """
 
@@ -24,7 +25,9 @@ import numpy as np
 from jaxtyping import Int64
 from msgspec.structs import replace
 
+from models import counts
 from models.cache import Cache, CacheSpec, EncodedEvents, empty, fold
+from models.counts import CountedEvents, CountPlan
 from models.errors import TableBehindError, WireError
 from models.item_table import ItemTable
 from models.recent import accept
@@ -33,6 +36,7 @@ from models.wire import (
     OFFSET_MAX,
     RECENT,
     Stamp,
+    decode_counts,
     decode_folded,
     decode_recent,
     encode_folded,
@@ -92,29 +96,47 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fold:
-    """What a writer needs of a checkpoint: the sizes, the window W and the item table."""
+    """What a writer needs of a checkpoint: the sizes, the window W, the item table, and what it counts, if anything."""
 
     spec: CacheSpec
     window: int
     table: ItemTable
+    counting: CountPlan | None = None
+
+    @property
+    def count_spec(self) -> CacheSpec | None:
+        """The counts as a cache; None for a checkpoint that does not count."""
+        return None if self.counting is None else self.counting.spec(self.spec.checkpoint_id)
 
     def encode(self, recent: np.ndarray) -> EncodedEvents:
         """Look the events' items and actions up in the table.
 
         Raises TableBehindError for an item beyond the table: another writer's is newer.
         """
-        item_N = recent["item"]
-        if len(item_N) and int(item_N.max()) >= len(self.table):
-            raise TableBehindError(
-                f"a row holds item {int(item_N.max())}, but this item table ends at {len(self.table) - 1}: "
-                "it has grown since; start again"
-            )
+        item_N = self._items(recent)
         return EncodedEvents(
             code_NG=self.table.code_MG[item_N],
             value_NHD=self.table.value_MHD[item_N] + self.table.action_value_AHD[recent_actions(recent)],
             time_ms_N=recent_times(recent),
             weight_N=recent["weight"].astype(np.float32),
         )
+
+    def encode_counted(self, recent: np.ndarray) -> CountedEvents:
+        """Look the events' cells up. Raises TableBehindError as `encode`."""
+        return CountedEvents(
+            cell_NQ=self.table.cell_MQ[self._items(recent)],
+            time_ms_N=recent_times(recent),
+            weight_N=recent["weight"].astype(np.float32),
+        )
+
+    def _items(self, recent: np.ndarray) -> np.ndarray:
+        item_N = recent["item"]
+        if len(item_N) and int(item_N.max()) >= len(self.table):
+            raise TableBehindError(
+                f"a row holds item {int(item_N.max())}, but this item table ends at {len(self.table) - 1}: "
+                "it has grown since; start again"
+            )
+        return item_N
 
 
 def new_row(spec: CacheSpec, epoch: int, partition: int, revision: int = 0) -> Row:
@@ -220,9 +242,10 @@ def _fold_oldest(row: Row, ripe: np.ndarray, using: Fold) -> Row:
         return row
     stamp = replace(row.stamp, offset=int(recent_offsets(ripe[-1:])[0]))
     folded = fold(row.folded, using.encode(ripe))
+    counted = _counts(row, ripe, using)
     return Row(
         spec=row.spec,
-        folded_data=encode_folded(folded, stamp),
+        folded_data=encode_folded(folded, stamp, counted),
         folded_stamp=stamp,
         folded_count=folded.count,
         recent_data=row.recent_data[ripe.nbytes :],
@@ -233,6 +256,19 @@ def _fold_oldest(row: Row, ripe: np.ndarray, using: Fold) -> Row:
 def whole_cache(row: Row, using: Fold) -> Cache:
     """The cache of every event of the row."""
     return fold(row.folded, using.encode(row.recent))
+
+
+def whole_counts(row: Row, using: Fold) -> Cache | None:
+    """The counts of every event of the row; None for a checkpoint that does not count."""
+    return _counts(row, row.recent, using)
+
+
+def _counts(row: Row, events: np.ndarray, using: Fold) -> Cache | None:
+    """The counts of what is folded and of these events."""
+    spec = using.count_spec
+    if spec is None:
+        return None
+    return counts.fold(decode_counts(row.folded_data, spec), using.encode_counted(events))
 
 
 def encode_row(row: Row) -> RowBytes:

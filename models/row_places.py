@@ -17,9 +17,13 @@ import numpy as np
 
 from models.cache import CacheSpec
 from models.cache_kernels import EVENT, PLACE
+from models.count_kernels import NO_CELL
 from models.memory import addresses, load_f32, load_i64, load_u16, load_u32, load_u64
 from models.row import RowBytes
 from models.wire import (
+    CELL_MASSES,
+    CELL_NETS,
+    CELLS,
     CODES,
     CRC_BYTES,
     EVENTS,
@@ -42,6 +46,8 @@ from models.wire import (
 )
 
 SOUND, DAMAGED, FOREIGN, ABSENT = 0, 1, 2, 3
+# In place of a section's address.
+_MISSING, _MALFORMED = -1, -2
 
 _AT = {name: offset_in(RECENT_HEAD, name) for name in RECENT_HEAD.names or ()}
 _VERSION_AT, _SECTIONS_AT, _IDENTITY_AT = _AT["version"], _AT["sections"], _AT["checkpoint"]
@@ -61,8 +67,13 @@ class RowPlaces(NamedTuple):
     parts: list[bytes]
 
 
-def place_rows(rows: Sequence[RowBytes | None], spec: CacheSpec, actions: int) -> RowPlaces:
-    """Find and check the parts of these rows; `actions` is how many the checkpoint knows."""
+def place_rows(
+    rows: Sequence[RowBytes | None], spec: CacheSpec, actions: int, count_spec: CacheSpec | None = None
+) -> RowPlaces:
+    """Find and check the parts of these rows; `actions` is how many the checkpoint knows.
+
+    count_spec: the counts of the checkpoint, None where there are none.
+    """
     place_B = np.zeros(len(rows), PLACE)
     place_B["status"] = ABSENT
     present = [b for b, row in enumerate(rows) if row is not None]
@@ -76,11 +87,12 @@ def place_rows(rows: Sequence[RowBytes | None], spec: CacheSpec, actions: int) -
         sound_P = np.fromiter(map(google_crc32c.value, parts), np.uint32, len(parts)) == SOUND_CRC
         identity = np.frombuffer(bytes.fromhex(spec.checkpoint_id), np.uint64)
         entry = spec.heads // spec.groups * spec.rates * 4
-        size_2 = np.array([entry, entry * spec.value_width])
-        limit_2 = np.array([spec.groups * spec.codewords, actions])
+        rates, cells = (0, 0) if count_spec is None else (count_spec.rates, count_spec.codewords)
+        size_3 = np.array([entry, entry * spec.value_width, 4 * rates])
+        limit_3 = np.array([spec.groups * spec.codewords, actions, cells])
         event_N = np.empty(int(size_P[1::2].sum()) // _RECORD_BYTES, EVENT)
         at = addresses(parts)
-        _place_kernel(at, size_P, sound_P, identity, size_2, limit_2, np.array(present), place_B, event_N)
+        _place_kernel(at, size_P, sound_P, identity, size_3, limit_3, np.array(present), place_B, event_N)
     return RowPlaces(place_B, event_N, parts)
 
 
@@ -96,30 +108,44 @@ def _header(address, size, sound, magic, identity):
 
 
 def _section(address, size, kind, dtype, item_bytes):
-    """Address and number of items of the section of this kind; -1 for an address that cannot be used."""
-    at, end, found, items = address + HEADER_BYTES, address + size - CRC_BYTES, -1, np.int64(0)
+    """Address and number of items of the section of this kind; below 0 for an address that cannot be used."""
+    at, end, found, items = address + HEADER_BYTES, address + size - CRC_BYTES, _MISSING, np.int64(0)
     for _ in range(load_u16(address + _SECTIONS_AT)):
         if at + SECTION_BYTES > end:
-            return -1, np.int64(0)
+            return _MALFORMED, np.int64(0)
         payload, size_bytes = at + SECTION_BYTES, load_i64(at + _SIZE_AT)
         if size_bytes < 0 or size_bytes > end - payload:
-            return -1, np.int64(0)
+            return _MALFORMED, np.int64(0)
         if load_u16(at) == kind:
             found, items = payload, np.int64(load_u32(at + _ITEMS_AT))
             if load_u16(at + _DTYPE_AT) != dtype or items * item_bytes != size_bytes:
-                found, items = -1, np.int64(0)
+                found, items = _MALFORMED, np.int64(0)
         at = payload + size_bytes
     return found, items
 
 
-def _rising(codes, entries, limit):
-    last = -1
+def _rising(codes, entries, last, limit):
+    """Whether the codes rise, between `last` and `limit`."""
     for n in range(entries):
         code = np.int64(load_u16(codes + 2 * n))
         if code <= last or code >= limit:
             return False
         last = code
     return True
+
+
+def _counts(folded, folded_size, place, mass_bytes, cells):
+    """Find the counts in a folded part; whether they are sound. A part without them has counted nothing."""
+    place.cells, place.cell_entries = _section(folded, folded_size, CELLS, U16, 2)
+    place.cell_nets, nets = _section(folded, folded_size, CELL_NETS, I32, 4)
+    place.cell_masses, masses = _section(folded, folded_size, CELL_MASSES, F32, mass_bytes)
+    if max(place.cells, place.cell_nets, place.cell_masses) == _MISSING:
+        return min(place.cells, place.cell_nets, place.cell_masses) == _MISSING
+    if min(place.cells, place.cell_nets, place.cell_masses) < 0:
+        return False
+    if nets != place.cell_entries or masses != place.cell_entries:
+        return False
+    return _rising(place.cells, place.cell_entries, NO_CELL, cells)
 
 
 def _unpack(folded, records, place, actions, event_N):
@@ -142,9 +168,10 @@ def _unpack(folded, records, place, actions, event_N):
 _header, _section, _rising, _unpack = (
     numba.njit(cache=True)(unwrap(each)) for each in (_header, _section, _rising, _unpack)
 )
+_counts = numba.njit(cache=True)(unwrap(_counts))
 
 
-def _place_loop(address_P, size_P, sound_P, identity, size_2, limit_2, present_U, place_B, event_N):
+def _place_loop(address_P, size_P, sound_P, identity, size_3, limit_3, present_U, place_B, event_N):
     first = 0
     for u in range(present_U.shape[0]):
         place = place_B[present_U[u]]
@@ -157,8 +184,8 @@ def _place_loop(address_P, size_P, sound_P, identity, size_2, limit_2, present_U
             continue
         place.codes, place.entries = _section(folded, folded_size, CODES, U16, 2)
         place.nets, nets = _section(folded, folded_size, NETS, I32, 4)
-        place.masses, masses = _section(folded, folded_size, MASSES, F32, size_2[0])
-        place.means, means = _section(folded, folded_size, MEANS, F32, size_2[1])
+        place.masses, masses = _section(folded, folded_size, MASSES, F32, size_3[0])
+        place.means, means = _section(folded, folded_size, MEANS, F32, size_3[1])
         records, place.events = _section(recent, recent_size, EVENTS, RECORD, _RECORD_BYTES)
         place.first, first = first, first + place.events
         place.reference_ms, place.count = load_i64(folded + _REFERENCE_AT), load_i64(folded + _COUNT_AT)
@@ -170,8 +197,9 @@ def _place_loop(address_P, size_P, sound_P, identity, size_2, limit_2, present_U
             or nets != place.entries
             or masses != place.entries
             or means != place.entries
-            or not _rising(place.codes, place.entries, limit_2[0])
-            or not _unpack(folded, records, place, limit_2[1], event_N)
+            or not _rising(place.codes, place.entries, -1, limit_3[0])
+            or not _unpack(folded, records, place, limit_3[1], event_N)
+            or (size_3[2] > 0 and not _counts(folded, folded_size, place, size_3[2], limit_3[2]))
         ):
             place.status = DAMAGED
 

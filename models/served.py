@@ -46,4 +46,5 @@ class ServedRanker:
         query_BCHE = query_NX.view(*candidate_BC.shape, *self._heads)
         entries = entries_at(cache, self._kernel, now_ms_B)
         seen_BCHD = read_entries(query_BCHE, self._codeword_HKE, entries, self.reach)
-        return self.ranker.logits(self.ranker.encoder(candidate_BC), seen_BCHD.flatten(2))
+        counts = self.ranker.counts_from_cache(candidate_BC, cache, now_ms_B)
+        return self.ranker.logits(self.ranker.encoder(candidate_BC), seen_BCHD.flatten(2), counts)

@@ -26,8 +26,8 @@ from models.errors import InputError
 from models.request import Impression, Timeline
 
 User = TypeVar("User")
-# Beside the Parquet files: the feature table (numpy, M x F).
-FEATURES = "features.npy"
+# Beside the Parquet files: the feature table (numpy, M x F). In the work folder: what items are counted as (M x Q).
+FEATURES, CELLS = "features.npy", "cells.npy"
 SCHEMA = pa.schema(
     [
         ("user_id", pa.string()),

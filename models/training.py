@@ -25,13 +25,15 @@ import torch
 from torch import nn
 
 from models.checkpoint import Sizes
+from models.counts import Counter, CountPlan
 from models.errors import InputError
 from models.files import replace_file
 from models.ranker import Ranker, Shape, VqlHistory, loss
-from models.request import Impression, Request, Timeline, TimelineBatch, collate, collate_timelines
-from models.rivals import HISTORIES
+from models.request import Impression, Request, Timeline, TimelineBatch, collate, collate_timelines, counted
+from models.rivals import new_history
 from models.stopping import Patience, auc_within
 from models.timelines import (
+    CELLS,
     FEATURES,
     Limits,
     batches,
@@ -55,6 +57,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     batch: impressions of a step. events: of a step's timelines, in all; a single timeline may have more.
     patience: after so many epochs without a better GAUC of held-out users, the run ends with the parameters of the
     best. 0: all epochs, and no user is held out.
+    counts: CELLS in `work` are what items are counted as.
     """
 
     model: str
@@ -64,6 +67,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     half_life_ms: list[list[float | None]]
     actions: list[str]
     field_rows: list[int]
+    counts: CountPlan | None = None
     length: int = 512
     epochs: int = 1
     batch: int = 32
@@ -85,6 +89,7 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     generator: torch.Generator
     steps: int
+    counter: Counter | None
     step: int = 0
     patience: Patience = field(default_factory=Patience)
 
@@ -144,10 +149,15 @@ def trained_ranker(plan: TrainPlan) -> Ranker:
 def new_ranker(plan: TrainPlan) -> Ranker:
     """The model of a plan, untrained."""
     shape = Shape(
-        sizes=plan.sizes, half_life_ms=plan.half_life_ms, actions=len(plan.actions), field_rows=plan.field_rows
+        sizes=plan.sizes,
+        half_life_ms=plan.half_life_ms,
+        actions=len(plan.actions),
+        field_rows=plan.field_rows,
+        counting=plan.counts,
     )
     features = torch.from_numpy(np.load(Path(plan.examples) / FEATURES))
-    return Ranker(shape, features, HISTORIES[plan.model](shape))
+    cell_MQ = None if plan.counts is None else np.load(Path(plan.work) / CELLS)
+    return Ranker(shape, features, new_history(plan.model, shape), cell_MQ)
 
 
 def begin(plan: TrainPlan, world: int = 1) -> Run:
@@ -161,6 +171,7 @@ def begin(plan: TrainPlan, world: int = 1) -> Run:
         optimizers=_optimizers(ranker, plan),
         generator=torch.default_generator,
         steps=_count_steps(plan, ranker, world),
+        counter=ranker.counter,
     )
 
 
@@ -259,11 +270,13 @@ def _reads_timelines(ranker: Ranker) -> bool:
 def _request(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> Request | TimelineBatch:
     """What the model is asked about a share of a batch."""
     history = run.ranker.history
+    counts = counted(share, run.counter)
     timelines = [one for one in share if isinstance(one, Timeline)]
     if isinstance(history, VqlHistory) and history.codebook.started:
-        return collate_timelines(timelines)
+        return collate_timelines(timelines, counts)
     impressions = [one for one in share if isinstance(one, Impression)]
-    return collate([*impressions, *(i for timeline in timelines for i in timeline.impressions())], run.plan.length)
+    apart = [*impressions, *(i for timeline in timelines for i in timeline.impressions())]
+    return collate(apart, run.plan.length, counts)
 
 
 def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> tuple[float, float]:

@@ -18,8 +18,10 @@ raw events, not yet folded). Both are a header, typed sections and a checksum, a
     end CRC32C of all before, u32
 
 Section types: 1 codes (u16 each), 2 net counts (i32 each), 3 masses (f32, items x P x R), 4 means (f32, items x P x
-R x D), 5 recent events (24 bytes each, `RECENT`). A reader skips types it does not know, so a later
-part is a new section and not a new version. Version 1 is frozen by the golden files in tests/golden.
+R x D), 5 recent events (24 bytes each, `RECENT`), and of the counts (`models.counts`), in a folded part that has any:
+6 cells (u16 each), 7 their net counts (i32 each), 8 their masses (f32, items x R of the counts). A reader skips types
+it does not know, so a later part is a new section and not a new version. Version 1 is frozen by the golden files in
+tests/golden.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import google_crc32c
 import msgspec
 import numpy as np
 
-from models.cache import Cache, CacheSpec
+from models.cache import Cache, CacheSpec, empty
 from models.errors import ForeignRowError, WireError
 
 VERSION = 1
@@ -41,6 +44,7 @@ _SECTION = struct.Struct("<HHIQ")
 _CRC = struct.Struct("<I")
 FOLDED_MAGIC, RECENT_MAGIC = b"VQLF", b"VQLR"
 CODES, NETS, MASSES, MEANS, EVENTS = 1, 2, 3, 4, 5
+CELLS, CELL_NETS, CELL_MASSES = 6, 7, 8
 U16, I32, F32, RECORD = 1, 2, 3, 5
 _DTYPES = {U16: np.dtype("<u2"), I32: np.dtype("<i4"), F32: np.dtype("<f4")}
 
@@ -106,39 +110,76 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     event_count: int
 
 
-def encode_folded(cache: Cache, stamp: Stamp) -> bytes:
-    """The per-codeword entries of a cache, complete up to the stamp."""
+def encode_folded(cache: Cache, stamp: Stamp, counts: Cache | None = None) -> bytes:
+    """The per-codeword entries of a cache, and the counts of the same events, complete up to the stamp."""
     header = Header(
         checkpoint_id=cache.spec.checkpoint_id,
         stamp=stamp,
         reference_ms=cache.reference_ms,
         event_count=cache.count,
     )
-    items = len(cache.code_N)
     sections = [
-        (CODES, U16, items, cache.code_N.astype("<u2", copy=False).tobytes()),
-        (NETS, I32, items, cache.net_N.astype("<i4", copy=False).tobytes()),
-        (MASSES, F32, items, cache.mass_NPR.astype("<f4", copy=False).tobytes()),
-        (MEANS, F32, items, cache.mean_NPRD.astype("<f4", copy=False).tobytes()),
+        *_entries(cache, (CODES, NETS, MASSES)),
+        (MEANS, F32, len(cache.code_N), cache.mean_NPRD.astype("<f4", copy=False).tobytes()),
     ]
+    if counts is not None and len(counts.code_N):
+        assert counts.reference_ms == cache.reference_ms, "counts and cache are of the same events"
+        sections += _entries(counts, (CELLS, CELL_NETS, CELL_MASSES))
     return _encode(FOLDED_MAGIC, header, sections)
+
+
+def _entries(cache: Cache, kinds: tuple[int, int, int]) -> list[tuple[int, int, int, bytes]]:
+    """Codes, net counts and masses as sections of these types."""
+    columns = ((U16, "<u2", cache.code_N), (I32, "<i4", cache.net_N), (F32, "<f4", cache.mass_NPR))
+    return [
+        (kind, dtype, len(array), array.astype(text, copy=False).tobytes())
+        for kind, (dtype, text, array) in zip(kinds, columns, strict=True)
+    ]
 
 
 def decode_folded(data: bytes, spec: CacheSpec) -> tuple[Cache, Stamp]:
     """Raises WireError for damage or an unknown version, ForeignRowError for a row of another checkpoint."""
     header = read_header(data, FOLDED_MAGIC, spec.checkpoint_id)
     arrays = {kind: (dtype, items, payload) for kind, dtype, items, payload in _sections(data)}
-    shape = (spec.heads // spec.groups, spec.rates)
-    code_N = _array(arrays, CODES, ())
-    net_N = _array(arrays, NETS, ())
-    mass_NPR = _array(arrays, MASSES, shape)
-    mean_NPRD = _array(arrays, MEANS, (*shape, spec.value_width))
+    mean_NPRD = _array(arrays, MEANS, (spec.heads // spec.groups, spec.rates, spec.value_width))
+    return _cache(arrays, (CODES, NETS, MASSES), header, spec, mean_NPRD), header.stamp
+
+
+def decode_counts(data: bytes, spec: CacheSpec) -> Cache:
+    """The counts of a folded part, none where it has no sections of them; spec is `CountPlan.spec`.
+
+    Raises WireError and ForeignRowError as `decode_folded`.
+    """
+    header = read_header(data, FOLDED_MAGIC, spec.checkpoint_id)
+    arrays = {kind: (dtype, items, payload) for kind, dtype, items, payload in _sections(data)}
+    kinds = (CELLS, CELL_NETS, CELL_MASSES)
+    if not any(kind in arrays for kind in kinds):
+        return replace(empty(spec), reference_ms=header.reference_ms, count=header.event_count)
+    items = arrays[CELLS][1] if CELLS in arrays else 0
+    counts = _cache(arrays, kinds, header, spec, np.empty((items, 1, spec.rates, 0), np.float32))
+    if len(counts.code_N) and counts.code_N[0] == 0:
+        raise WireError("cell 0 holds nothing, but is there")
+    return counts
+
+
+def _cache(
+    arrays: dict[int, tuple[int, int, memoryview]],
+    kinds: tuple[int, int, int],
+    header: Header,
+    spec: CacheSpec,
+    mean_NPRD: np.ndarray,
+) -> Cache:
+    """The cache whose codes, net counts and masses are the sections of these types. Raises WireError."""
+    codes, nets, masses = kinds
+    code_N = _array(arrays, codes, ())
+    net_N = _array(arrays, nets, ())
+    mass_NPR = _array(arrays, masses, (spec.heads // spec.groups, spec.rates))
     lengths = [len(array) for array in (code_N, net_N, mass_NPR, mean_NPRD)]
     if len(set(lengths)) != 1:
         raise WireError(f"sections disagree: {lengths} codes, net counts, masses, means")
     if len(code_N) and (int(code_N[-1]) >= spec.groups * spec.codewords or (np.diff(code_N.astype(int)) <= 0).any()):
         raise WireError(f"codes are not rising below {spec.groups * spec.codewords}")
-    cache = Cache(
+    return Cache(
         spec=spec,
         reference_ms=header.reference_ms,
         count=header.event_count,
@@ -147,7 +188,6 @@ def decode_folded(data: bytes, spec: CacheSpec) -> tuple[Cache, Stamp]:
         mass_NPR=mass_NPR.astype(np.float32, copy=False),
         mean_NPRD=mean_NPRD.astype(np.float32, copy=False),
     )
-    return cache, header.stamp
 
 
 def encode_recents(checkpoint_id: str, stamps: Sequence[Stamp], recents: Sequence[bytes]) -> list[bytes]:

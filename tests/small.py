@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from models.checkpoint import ACTION_VALUES, OTHER_ACTION, Checkpoint, Manifest, Sizes, write_checkpoint
+from models.counts import CountPlan
 from models.event import Event
 from models.item_table import append_segments, segment_table
 
@@ -17,8 +18,16 @@ ITEMS = 50
 ACTIONS = [OTHER_ACTION, "purchase", "view"]
 
 
-def small_checkpoint(path: Path, *, window: int = 4, seed: int = 0, rates: int = 1) -> Checkpoint:
-    """A checkpoint of 4 heads in 2 groups of 8 codewords, with a table of the unknown item and ITEMS items."""
+COUNTS = CountPlan(fields=["item_id"], half_life_ms=[float(HOUR_MS), None])
+
+
+def small_checkpoint(
+    path: Path, *, window: int = 4, seed: int = 0, rates: int = 1, counts: CountPlan | None = None
+) -> Checkpoint:
+    """A checkpoint of 4 heads in 2 groups of 8 codewords, with a table of the unknown item and ITEMS items.
+
+    counts: what it counts, of item_id alone.
+    """
     sizes = Sizes(width=8, heads=4, groups=2, codewords=8, key_width=4, value_width=3, window=window)
     half_lives: list[list[float | None]] = [
         [float(HOUR_MS) * 2**r for r in range(rates)],
@@ -38,6 +47,7 @@ def small_checkpoint(path: Path, *, window: int = 4, seed: int = 0, rates: int =
             training={"seed": seed},
             metrics={},
             files={},
+            counts=counts,
         ),
         {ACTION_VALUES: rng.normal(size=(len(ACTIONS), 4, 3)).astype(np.float32)},
         {"item_id": [f"i{n}" for n in range(1, ITEMS + 1)]},
@@ -52,7 +62,9 @@ def write_items(checkpoint: Checkpoint, item_ids: list[str], name: str, seed: in
     code_MG = rng.integers(0, sizes.codewords, (len(item_ids), sizes.groups))
     value_MV = rng.normal(size=(len(item_ids), sizes.heads * sizes.value_width))
     checkpoint.items_path.mkdir(exist_ok=True)
-    table = segment_table(item_ids, code_MG, value_MV, np.arange(len(item_ids))[:, None])
+    counts = checkpoint.manifest.counts
+    cell_MQ = None if counts is None else counts.cells_of("item_id", item_ids)[:, None]
+    table = segment_table(item_ids, code_MG, value_MV, np.arange(len(item_ids))[:, None], cell_MQ)
     pq.write_table(table, checkpoint.items_path / name)
     append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [checkpoint.items_path / name])
 

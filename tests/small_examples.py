@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from models.checkpoint import Sizes
-from models.timelines import FEATURES, SCHEMA
+from models.counts import CountPlan
+from models.timelines import CELLS, FEATURES, SCHEMA
 from models.training import TrainPlan
 from tests.small import HOUR_MS, START_MS
 
+# From (user id, category, draws) to a row of SCHEMA.
+User = Callable[[str, int, np.random.Generator], dict]
 ITEMS, CATEGORIES = 40, 4
 SIZES = Sizes(width=8, heads=4, groups=2, codewords=8, key_width=4, value_width=4, window=4)
 
@@ -23,11 +27,19 @@ def feature_table() -> np.ndarray:
     return np.stack([item, np.where(item > 0, item % CATEGORIES + 1, 0)], axis=1)
 
 
-def write_small_examples(folder: Path, users: int = 40, seed: int = 0) -> Path:
-    """Timelines in two files, and the feature table."""
+def cell_table(counts: CountPlan) -> np.ndarray:
+    """What the items of feature_table are counted as, item i5 of category c2 by these names; the unknown one is not."""
+    names = {"item_id": [f"i{n}" for n in range(1, ITEMS + 1)], "category": [f"c{n}" for n in range(1, CATEGORIES + 1)]}
+    fields = list(names)
+    cells = [counts.cells_of(f, ["", *names[f]])[feature_table()[:, fields.index(f)]] for f in counts.fields]
+    return np.stack(cells, axis=1)
+
+
+def write_small_examples(folder: Path, users: int = 40, seed: int = 0, user: User | None = None) -> Path:
+    """Timelines in two files, and the feature table. user makes one of these users, with a taste for a category."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    rows = [_user(f"u{u}", u % CATEGORIES, rng) for u in range(users)]
+    rows = [(user or _user)(f"u{u}", u % CATEGORIES, rng) for u in range(users)]
     for part, chunk in enumerate((rows[: users // 2], rows[users // 2 :])):
         pq.write_table(pa.Table.from_pylist(chunk, SCHEMA), folder / f"part-{part:05d}.parquet")
     np.save(folder / FEATURES, feature_table())
@@ -52,6 +64,21 @@ def _user(user_id: str, taste: int, rng: np.random.Generator) -> dict:
     }
 
 
+def repeating_user(user_id: str, taste: int, rng: np.random.Generator) -> dict:
+    """Of the items of one category the user always takes the same few, each time any of them.
+
+    What is asked is which of them, beside others of the category: for a model of likeness they are all alike.
+    """
+    liked = rng.permutation([i for i in range(1, ITEMS + 1) if i % CATEGORIES == taste])
+    own, strange = liked[: len(liked) // 2], liked[len(liked) // 2 :]
+    row = _user(user_id, taste, rng)
+    item = rng.choice(own, len(row["item"]))
+    # Each of them is met before anything is asked.
+    item[: len(own)] = own
+    asked = [[int(rng.choice(own)), *rng.choice(strange, 3, replace=False).tolist()] for _ in row["end"]]
+    return row | {"item": item.tolist(), "candidate": asked}
+
+
 def small_plan(folder: Path, model: str = "vql", **changes) -> TrainPlan:
     """A plan over the small examples, which are written if need be."""
     examples = folder / "examples"
@@ -69,4 +96,8 @@ def small_plan(folder: Path, model: str = "vql", **changes) -> TrainPlan:
         "batch": 16,
         "save_every_steps": 7,
     }
-    return TrainPlan(**(settings | changes))
+    plan = TrainPlan(**(settings | changes))
+    if plan.counts is not None:
+        Path(plan.work).mkdir(parents=True, exist_ok=True)
+        np.save(Path(plan.work) / CELLS, cell_table(plan.counts))
+    return plan

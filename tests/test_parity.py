@@ -29,13 +29,13 @@ from jobs.parity import compare_rows
 from models.checkpoint import Checkpoint
 from models.event import Event, parse
 from models.load import load_ranker
-from models.request import Impression, collate
+from models.request import Impression, collate, counted
 from models.row import Row, advance, new_row
 from models.wire import Stamp
 from pipelines.stream import StreamPlan
 from tests.pipelines.small_log import assert_rows_equal, read_rows, recent_of
 from tests.small import HOUR_MS, START_MS, random_events
-from tests.small_ranker import scoring_checkpoint
+from tests.small_ranker import COUNTS, scoring_checkpoint
 from tests.twice import run_twice
 
 pytestmark = [pytest.mark.spark, pytest.mark.beam, pytest.mark.slow]
@@ -47,7 +47,7 @@ PARITY_MAX = 1e-4
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return scoring_checkpoint(tmp_path_factory.mktemp("checkpoint") / "vql")
+    return scoring_checkpoint(tmp_path_factory.mktemp("checkpoint") / "vql", counts=COUNTS)
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def stream_killed_once(checkpoint: Checkpoint, log: Path, handle: StoreHandle, l
 def score_error(reader: Reader, history: dict[str, list[tuple[int, int, Event]]]) -> float:
     """The largest difference of any score from the row against attention over the raw history."""
     table, now_ms = reader.fold.table, START_MS + (EVENTS // 60 + 100) * HOUR_MS
-    ranker = load_ranker(reader.checkpoint, table.feature_MF)
+    ranker = load_ranker(reader.checkpoint, table.feature_MF, table.cell_MQ)
     worst = 0.0
     for user_id, logged in history.items():
         events = [event for _, _, event in logged]
@@ -153,7 +153,7 @@ def score_error(reader: Reader, history: dict[str, list[tuple[int, int, Event]]]
             time_ms_L=np.array([e.event_time_ms for e in events]),
             weight_L=np.array([e.weight for e in events], np.float32),
         )
-        request = collate([one])
+        request = collate([one], counts=counted([one], ranker.counter))
         raw, _ = ranker(request)
         cached = ranker.from_cache(request.candidate_BC, reader.read([user_id]).caches, request.now_ms_B)
         worst = max(worst, float((raw - cached).abs().max()))

@@ -18,10 +18,13 @@ import torch
 
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
+from models.count_kernels import NO_CELL
 from models.item_table import ItemTable
+from models.model_names import counts_exactly
 from models.ranker import Ranker, VqlHistory
-from models.request import Impression, collate
-from models.row import Fold, Row, advance, encode_row, new_row, whole_cache
+from models.request import Impression, collate, counted
+from models.rivals.events import EVENT_BYTES
+from models.row import Fold, Row, advance, encode_row, new_row, whole_cache, whole_counts
 from models.wire import Stamp, pack_recent
 
 CANDIDATES = 500
@@ -47,13 +50,13 @@ def costs(ranker: Ranker, checkpoint: Checkpoint, impressions: Sequence[Impressi
     candidate_BC = torch.from_numpy(
         np.random.default_rng(0).integers(1, len(ranker.encoder.feature_MF), (1, CANDIDATES))
     )
-    if isinstance(ranker.history, VqlHistory):
+    if isinstance(ranker.history, VqlHistory) and not counts_exactly(checkpoint.manifest.model):
         fold = folded(ranker, checkpoint)
         rows = [_row(impression, fold, length) for impression in longest]
         bytes_per_user = float(np.mean([encode_row(row).size_bytes for row in rows]))
         calls = [_from_cache(ranker, candidate_BC, row, fold, one) for row, one in zip(rows, longest, strict=True)]
     else:
-        bytes_per_user = float(np.mean([ranker.history.user_bytes(min(length, len(i.item_L))) for i in longest]))
+        bytes_per_user = float(np.mean([_events_bytes(ranker, impression, length) for impression in longest]))
         calls = [_from_events(ranker, candidate_BC, impression, length) for impression in longest]
     return Costs(
         parameters=sum(p.numel() for p in ranker.parameters()),
@@ -74,10 +77,23 @@ def folded(ranker: Ranker, checkpoint: Checkpoint) -> Fold:
         index={},
         code_MG=history.codes(x_Md).numpy().astype(np.uint16),
         feature_MF=ranker.encoder.feature_MF.numpy(),
+        cell_MQ=ranker.cell_MQ.numpy().astype(np.uint16),
         value_MHD=history.values(x_Md).numpy(),
         action_value_AHD=history.action_value_AHD.numpy(),
     )
-    return Fold(spec=checkpoint.spec, window=checkpoint.manifest.sizes.window, table=table)
+    manifest = checkpoint.manifest
+    return Fold(spec=checkpoint.spec, window=manifest.sizes.window, table=table, counting=manifest.counts)
+
+
+def _events_bytes(ranker: Ranker, impression: Impression, length: int) -> float:
+    """What a model that reads events needs of a user; exact counts, if any, as a number and a sum for each value."""
+    events = min(length, len(impression.item_L))
+    history = ranker.history
+    of_events = events * EVENT_BYTES if isinstance(history, VqlHistory) else history.user_bytes(events)
+    if ranker.counting is None:
+        return of_events
+    values = np.setdiff1d(ranker.cell_MQ.numpy()[impression.item_L], NO_CELL)
+    return of_events + len(values) * (4 + 4 * len(ranker.counting.half_life_ms))
 
 
 def _row(impression: Impression, using: Fold, length: int) -> Row:
@@ -94,7 +110,8 @@ def _row(impression: Impression, using: Fold, length: int) -> Row:
 def _from_cache(
     ranker: Ranker, candidate_BC: torch.Tensor, row: Row, using: Fold, impression: Impression
 ) -> Callable[[], object]:
-    caches = CacheBatch.of(using.spec, [whole_cache(row, using)])
+    counts = None if using.counting is None else [whole_counts(row, using)]
+    caches = CacheBatch.of(using.spec, [whole_cache(row, using)], counts)
     now_ms_B = torch.tensor([impression.now_ms])
     return lambda: ranker.from_cache(candidate_BC, caches, now_ms_B)
 
@@ -102,9 +119,9 @@ def _from_cache(
 def _from_events(
     ranker: Ranker, candidate_BC: torch.Tensor, impression: Impression, length: int
 ) -> Callable[[], object]:
-    request = replace(
-        collate([impression], length), candidate_BC=candidate_BC, label_BC=torch.zeros(candidate_BC.shape)
-    )
+    candidate_C = candidate_BC[0].numpy()
+    asked = replace(impression, candidate_C=candidate_C, label_C=np.zeros(len(candidate_C)))
+    request = collate([asked], length, counted([asked], ranker.counter))
     return lambda: ranker(request)
 
 

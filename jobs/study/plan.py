@@ -9,8 +9,9 @@ import msgspec
 
 from jobs.train import DAY_MS, TrainJob
 from models.checkpoint import Sizes
+from models.counts import CountPlan
 from models.errors import InputError
-from models.model_names import MODELS
+from models.model_names import EXACT_COUNTS, MODELS, counts_exactly, may_count
 from models.rivals.din import WINDOW
 
 # The newest events that a model looks at; all others look at as many as the study says.
@@ -23,6 +24,15 @@ def _sizes(**changes: int) -> Change:
     return lambda job: msgspec.structs.replace(job, sizes=msgspec.structs.replace(job.sizes, **changes))
 
 
+def _without_context(job: TrainJob) -> TrainJob:
+    """Counts are not context: those of items stay."""
+    counts = job.counts
+    if counts is not None:
+        fields = [field for field in counts.fields if field == "item_id"]
+        counts = msgspec.structs.replace(counts, fields=fields) if fields else None
+    return msgspec.structs.replace(job, fields=(), counts=counts)
+
+
 # VQL with one thing taken away, or less of it.
 ABLATIONS: Mapping[str, Mapping[str, Change]] = {
     "groups": {"vql groups=1": _sizes(groups=1), "vql groups=2": _sizes(groups=2)},
@@ -32,7 +42,11 @@ ABLATIONS: Mapping[str, Mapping[str, Change]] = {
             job, half_life_ms=tuple((None,) for _ in job.half_life_ms)
         )
     },
-    "context": {"vql without context": lambda job: msgspec.structs.replace(job, fields=())},
+    "counts": {
+        "vql without counts": lambda job: msgspec.structs.replace(job, counts=None),
+        "vql with exact counts": lambda job: msgspec.structs.replace(job, model=f"vql{EXACT_COUNTS}"),
+    },
+    "context": {"vql without context": _without_context},
 }
 
 
@@ -42,6 +56,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     The newest `holdout` share of the events, by time, is what models are asked about; they are trained on what was
     before. per_user, test_per_user: impressions of a user at most. length: newest events that a model looks at.
     ladder: other lengths at which the trained models are asked again. reference: the model that differences are from.
+    counts: what vql counts in its rows, and models with EXACT_COUNTS exactly; all others count nothing.
     """
 
     data: str
@@ -58,6 +73,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     epochs: int = 1
     sizes: Sizes = Sizes()
     half_life_ms: tuple[tuple[float | None, ...], ...] = ((DAY_MS,), (7 * DAY_MS,), (28 * DAY_MS,), (None,))
+    counts: CountPlan | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +87,10 @@ class Variant:
 
 def check_study(study: Study) -> None:
     """Raises InputError for what no study can be of."""
-    if unknown := [model for model in study.models if model not in MODELS]:
-        raise InputError(f"model {unknown[0]!r} is none of {', '.join(MODELS)}")
+    if unknown := [model for model in study.models if model.removesuffix(EXACT_COUNTS) not in MODELS]:
+        raise InputError(f"model {unknown[0]!r} is none of {', '.join(MODELS)}, nor one of these with {EXACT_COUNTS}")
+    if study.counts is None and ("counts" in study.ablate or any(map(counts_exactly, study.models))):
+        raise InputError(f"nothing is counted: models with {EXACT_COUNTS}, and the ablation of counts, need --count")
     if len(set(study.models)) != len(study.models) or not study.models:
         raise InputError(f"models {', '.join(study.models) or 'none'}: give each once, and at least one")
     if study.reference not in study.models:
@@ -93,15 +111,15 @@ def variants(study: Study, job: TrainJob) -> list[Variant]:
     made = []
     for name, model, change in changes:
         length = seen(model, study.length)
-        made.append(
-            Variant(name=name, job=change(msgspec.structs.replace(job, model=model, length=length)), length=length)
-        )
+        counts = study.counts if may_count(model) else None
+        whole = msgspec.structs.replace(job, model=model, length=length, counts=counts)
+        made.append(Variant(name=name, job=change(whole), length=length))
     return made
 
 
 def seen(model: str, length: int) -> int:
     """How many of so many newest events the model looks at."""
-    return min(length, SEES.get(model, length))
+    return min(length, SEES.get(model.removesuffix(EXACT_COUNTS), length))
 
 
 def lengths(study: Study) -> Sequence[int]:

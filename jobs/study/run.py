@@ -25,12 +25,12 @@ from jobs.bench import machine, versions
 from jobs.datasets.dataset import DataSet, prepare
 from jobs.evaluate import Scores, score_raw
 from jobs.event_log import read_events
-from jobs.examples import build_vocabulary, extended, write_examples
+from jobs.examples import Vocabulary, build_vocabulary, extended, write_examples
 from jobs.spark import read_delta, table_version
 from jobs.study.compare import Difference, Over, Worth, difference, over, worth, worth_by_slice
 from jobs.study.costs import Costs, costs
 from jobs.study.plan import Study, Variant, lengths, seen, variants
-from jobs.train import TrainJob, digest, known_actions, run_folder, run_training
+from jobs.train import TrainJob, digest, item_cells, known_actions, run_folder, run_training
 from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.files import replace_file
@@ -180,7 +180,7 @@ def _ask(spark: SparkSession, study: Study, variant: Variant, heldout: HeldOut, 
         console.print(f"[b]{variant.name}[/b]  seed {seed}")
         checkpoint = run_training(spark, job, work / "training", work / "checkpoints" / digest(job))
         train_s.append(_train_s(work / "training", checkpoint))
-        ranker = load_ranker(checkpoint, _features(checkpoint, heldout))
+        ranker = load_ranker(checkpoint, *_items(checkpoint, heldout))
         for length, by_seed in scores.items():
             by_seed.append(_scores(ranker, checkpoint, heldout, seen(variant.job.model, length), work))
         cost = cost or costs(ranker, checkpoint, heldout.impressions, study.length)
@@ -190,9 +190,17 @@ def _ask(spark: SparkSession, study: Study, variant: Variant, heldout: HeldOut, 
     return Asked(scores=scores, train_s=train_s, costs=cost)
 
 
-def _features(checkpoint: Checkpoint, heldout: HeldOut) -> np.ndarray:
-    """The embedding rows of the fields that the model has: an ablation may have fewer than the data."""
-    return np.ascontiguousarray(heldout.feature_MF[:, : len(checkpoint.manifest.fields)])
+def _items(checkpoint: Checkpoint, heldout: HeldOut) -> tuple[np.ndarray, np.ndarray | None]:
+    """The embedding rows of the fields that the model has, and what items are counted as.
+
+    An ablation may have fewer fields than the data. An item that came after the training is counted by its fields.
+    """
+    manifest = checkpoint.manifest
+    feature_MF = np.ascontiguousarray(heldout.feature_MF[:, : len(manifest.fields)])
+    if manifest.counts is None:
+        return feature_MF, None
+    values = {field: checkpoint.vocabulary(field) for field in manifest.fields}
+    return feature_MF, item_cells(manifest.model, manifest.counts, Vocabulary(fields=values, feature_MF=feature_MF))
 
 
 def _scores(ranker: Ranker, checkpoint: Checkpoint, heldout: HeldOut, length: int, work: Path) -> Scores:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from models.model_names import EXACT_COUNTS
 from models.ranker import Shape, VqlHistory
 from models.rivals.din import DinHistory, din_with_time
 from models.rivals.eta import EtaHistory
@@ -30,3 +31,8 @@ HISTORIES: dict[str, Callable[[Shape], nn.Module]] = {
     "mean": MeanHistory,
     "no_history": NoHistory,
 }
+
+
+def new_history(model: str, shape: Shape) -> nn.Module:
+    """The way the model of this name reads a history. Raises KeyError for an unknown name."""
+    return HISTORIES[model.removesuffix(EXACT_COUNTS)](shape)

@@ -187,6 +187,7 @@ def _advance_twice() -> None:
         index={},
         code_MG=np.zeros((1, 1), np.uint16),
         feature_MF=np.zeros((1, 1), np.int64),
+        cell_MQ=np.zeros((1, 0), np.uint16),
         value_MHD=np.zeros((1, 1, 1), np.float32),
         action_value_AHD=np.zeros((1, 1, 1), np.float32),
     )

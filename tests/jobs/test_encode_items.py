@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -13,14 +14,16 @@ import torch
 from jobs.encode_items import encode_items
 from jobs.ingest import ingest_items
 from models.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
+from models.count_kernels import NO_CELL
 from models.errors import CheckpointError, InputError
 from models.item_table import UNKNOWN, read_index
 from models.load import load_ranker
 from tests.jobs.tiny import CATEGORIES, ITEMS, Shop, items, write_rows
-from tests.small_ranker import scoring_checkpoint
+from tests.small_ranker import COUNTS, scoring_checkpoint
 
 pytestmark = pytest.mark.spark
 
+ITEM_COLUMNS = {"category": "category"}
 NEW = [{"item_id": "new-c1", "category": "c1"}, {"item_id": "new-c9", "category": "c9"}]
 
 
@@ -32,7 +35,7 @@ def checkpoint(own_shop: Shop) -> Checkpoint:
 def grow(spark, log: Path) -> None:
     """Two new items: one of a known category, one of a category that the checkpoint was not trained with."""
     rows = write_rows(log.parent / "grown.parquet", items() + NEW)
-    ingest_items(spark, rows, "parquet", {"category": "category"}, log)
+    ingest_items(spark, rows, "parquet", ITEM_COLUMNS, log)
 
 
 def test_row_zero_is_the_unknown_item_and_every_item_has_one_row(checkpoint: Checkpoint) -> None:
@@ -79,6 +82,23 @@ def test_new_items_are_appended_and_old_ones_stay_where_they_are(spark, own_shop
     assert after.feature_MF[unknown].tolist() == [0, 0]
     assert np.allclose(after.value_MHD[unknown], after.value_MHD[UNKNOWN], atol=1e-6)
     assert not np.allclose(after.value_MHD[known], after.value_MHD[UNKNOWN], atol=1e-6)
+
+
+def test_cells_are_those_of_the_text_also_of_new_items_and_values(spark, own_shop: Shop, tmp_path: Path) -> None:
+    made = scoring_checkpoint(tmp_path / "counting", counts=COUNTS)
+    shutil.rmtree(made.items_path)
+    assert encode_items(spark, made, own_shop.log) == (1 + ITEMS, 1 + ITEMS)
+    grow(spark, own_shop.log)
+    assert encode_items(spark, made, own_shop.log) == (2, 3 + ITEMS)
+
+    table = open_checkpoint(made.path).fold().table
+
+    assert table.cell_MQ[UNKNOWN].tolist() == [NO_CELL, NO_CELL]
+    assert COUNTS.fields == ["category", "item_id"]
+    for item in items() + NEW:
+        wanted = [int(COUNTS.cells_of(field, [item[field]])[0]) for field in COUNTS.fields]
+        assert table.cell_MQ[table.index[item["item_id"]]].tolist() == wanted
+        assert NO_CELL not in wanted
 
 
 def test_what_a_killed_run_left_is_replaced(spark, own_shop: Shop, checkpoint: Checkpoint) -> None:

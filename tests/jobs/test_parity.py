@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from jobs.backfill import backfill
 from jobs.parity import compare_rows, in_chunks, raw_users
 from models.checkpoint import Checkpoint
 from models.row import Row, decode_row
+from models.wire import decode_counts, encode_folded
 from tests.jobs.tiny import logged, purchases, take
 from tests.small import HOUR_MS, START_MS
-from tests.small_ranker import scoring_checkpoint
+from tests.small_ranker import COUNTS, scoring_checkpoint
 
 pytestmark = pytest.mark.spark
 
@@ -29,7 +31,7 @@ SOMEONE = "u3"
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return scoring_checkpoint(tmp_path_factory.mktemp("checkpoint") / "c")
+    return scoring_checkpoint(tmp_path_factory.mktemp("checkpoint") / "c", counts=COUNTS)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,14 @@ def plant(reader: Reader, row: Row) -> None:
     """Put this row for SOMEONE, by raising the revision."""
     put = whole_put(SOMEONE, replace(row, stamp=replace(row.stamp, revision=1)))
     assert reader.rows.put_rows(reader.checkpoint.checkpoint_id, [put]) == [True]
+
+
+def test_a_wrong_count_in_one_row_is_found(reader: Reader, log: Path) -> None:
+    row = row_of(reader, SOMEONE)
+    counts = decode_counts(row.folded_data, COUNTS.spec(row.spec.checkpoint_id))
+    wrong = dataclasses.replace(counts, mass_NPR=counts.mass_NPR + np.float32(0.01))
+    plant(reader, replace(row, folded_data=encode_folded(row.folded, row.folded_stamp, wrong)))
+    assert compare_rows(reader, log).max_abs_error > PARITY_MAX
 
 
 def test_the_rows_of_a_backfill_are_the_definition(reader: Reader, log: Path) -> None:

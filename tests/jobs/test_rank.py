@@ -12,22 +12,28 @@ from feature_repo.handle import StoreHandle
 from feature_repo.store import row_puts
 from jobs.rank import rank_user
 from models.checkpoint import Checkpoint
+from models.counts import CountPlan
 from models.errors import ForeignRowError, InputError, WireError
 from models.load import load_ranker
-from models.request import Impression, collate
+from models.request import Impression, collate, counted
 from models.row import advance, new_row
 from models.wire import Stamp
 from tests.pipelines.small_log import recent_of
 from tests.small import HOUR_MS, START_MS, random_events, small_checkpoint
-from tests.small_ranker import scoring_checkpoint
+from tests.small_ranker import COUNTS, scoring_checkpoint
 
 CANDIDATES = ["i1", "i2", "nothing", "i3", "i4"]
 EVENTS, NOW_MS = 30, START_MS + 100 * HOUR_MS
 
 
 @pytest.fixture
-def checkpoint(tmp_path: Path) -> Checkpoint:
-    return scoring_checkpoint(tmp_path / "checkpoint")
+def counts() -> CountPlan | None:
+    return None
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, counts: CountPlan | None) -> Checkpoint:
+    return scoring_checkpoint(tmp_path / "checkpoint", counts=counts)
 
 
 @pytest.fixture
@@ -48,6 +54,7 @@ def put(state: Path, checkpoint: Checkpoint, checkpoint_id: str) -> None:
     rows.commit_positions(checkpoint_id, 1, {1: EVENTS})
 
 
+@pytest.mark.parametrize("counts", [None, COUNTS])
 def test_candidates_come_best_first_with_the_scores_of_raw_attention(checkpoint: Checkpoint, state: Path) -> None:
     ranked = rank_user("u0", CANDIDATES, checkpoint.path, state, NOW_MS)
 
@@ -63,7 +70,8 @@ def test_candidates_come_best_first_with_the_scores_of_raw_attention(checkpoint:
         time_ms_L=np.array([e.event_time_ms for e in events]),
         weight_L=np.array([e.weight for e in events], np.float32),
     )
-    logits = load_ranker(checkpoint, using.table.feature_MF)(collate([asked]))[0][0].tolist()
+    ranker = load_ranker(checkpoint, using.table.feature_MF, using.table.cell_MQ)
+    logits = ranker(collate([asked], counts=counted([asked], ranker.counter)))[0][0].tolist()
     wanted = sorted(zip(CANDIDATES, logits, strict=True), key=lambda pair: -pair[1])
     assert [item for item, _, _ in ranked.candidates] == [item for item, _ in wanted]
     assert [score for _, score, _ in ranked.candidates] == pytest.approx([score for _, score in wanted], abs=1e-5)

@@ -17,8 +17,9 @@ from jobs.study.compare import difference, over, worth, worth_by_slice
 from jobs.study.plan import ABLATIONS, Study, check_study, variants
 from jobs.study.report import markdown, write_html
 from jobs.study.run import cut_of, run_study
-from jobs.train import TrainJob
+from jobs.train import DAY_MS, TrainJob
 from models.checkpoint import Sizes
+from models.counts import CountPlan
 from models.errors import InputError
 from tests.jobs.tiny import DAYS, SIZES, USERS, items, logged, purchases, take, write_rows
 from tests.small import START_MS
@@ -39,9 +40,10 @@ SHOP = DataSet(
 )
 STUDY = Study(
     data="shop",
-    models=("vql", "no_history"),
+    models=("vql", "no_history", "no_history+counts"),
     protocol="raw",
     length=16,
+    counts=CountPlan(fields=["item_id", "category"], half_life_ms=[7 * DAY_MS, None]),
     seeds=2,
     ladder=(2,),
     holdout=0.25,
@@ -63,7 +65,7 @@ def test_a_study_says_what_each_model_is_worth_and_costs(spark, files: Path, tmp
     found = run_study(spark, STUDY, SHOP, files, tmp_path / "work", Console(quiet=True))
 
     results = found["results"]
-    assert list(results) == ["vql", "no_history"]
+    assert list(results) == ["vql", "no_history", "no_history+counts"]
     # 25 % of the events are the last three of twelve days, of which each has a basket of every user.
     assert (found["impressions"], found["users"]) == (3 * USERS, USERS)
     assert found["cut_ms"] <= START_MS + (DAYS - 3) * 86_400_000 < found["cut_ms"] + 3_600_000
@@ -78,8 +80,12 @@ def test_a_study_says_what_each_model_is_worth_and_costs(spark, files: Path, tmp
     # What a model has less of costs less.
     assert results["no_history"].bytes_per_user == 0 < results["vql"].bytes_per_user
     assert results["no_history"].parameters < results["vql"].parameters
-    # A model without a history answers alike whatever the length.
-    assert results["no_history"].by_length["2"] == results["no_history"].by_length["16"]
+    # Exact counts are a number and two sums for each value that the user met: of 24 items at most, and 3 categories.
+    assert 0 < results["no_history+counts"].bytes_per_user <= (24 + 3) * 12
+    # A model without a history answers alike whatever the length, and counts are of all events.
+    for name in ("no_history", "no_history+counts"):
+        assert results[name].by_length["2"] == results[name].by_length["16"]
+    assert results["no_history+counts"].gauc != results["no_history"].gauc
     assert results["vql"].by_length["2"] != results["vql"].by_length["16"]
 
     write_figures(tmp_path / "out.json", found)
@@ -91,15 +97,15 @@ def test_a_study_says_what_each_model_is_worth_and_costs(spark, files: Path, tmp
     page = (tmp_path / "out.html").read_text()
     assert page.count("data:image/png") == 3
     assert "no_history" in page
-    assert len(markdown(found).splitlines()) == 2 + 2
+    assert len(markdown(found).splitlines()) == 2 + 3
 
     # Again: nothing is trained or asked twice, and the figures are the same.
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*") if path.suffix in (".npz", ".pt")}
     more = run_study(spark, STUDY, SHOP, files, tmp_path / "work", Console(quiet=True))
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    # Of each seed: a training of both models, scores of vql at two lengths, of the other at the one that it sees.
-    assert sorted(path.name for path in made if path.name == "final.pt") == ["final.pt"] * 4
-    assert sum(path.suffix == ".npz" for path in made) == 2 * (2 + 1)
+    # Of each seed: a training of all models, scores of vql at two lengths, of the others at the one that they see.
+    assert sorted(path.name for path in made if path.name == "final.pt") == ["final.pt"] * 6
+    assert sum(path.suffix == ".npz" for path in made) == 2 * (2 + 1 + 1)
     for name in results:
         assert more["results"][name].gauc == results[name].gauc
 
@@ -190,6 +196,9 @@ def test_a_difference_is_paired_by_user() -> None:
         ({"models": ("mean",), "reference": "mean", "ablate": ("kernel",)}, "not among"),
         ({"ablate": ("salt",)}, "'salt'"),
         ({"holdout": 1.0}, "share of 1"),
+        ({"counts": None}, "need --count"),
+        ({"models": ("vql",), "counts": None, "ablate": ("counts",)}, "need --count"),
+        ({"models": ("vql", "dni+counts")}, "'dni.counts'"),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(changes: dict, says: str) -> None:
@@ -202,11 +211,22 @@ def test_an_ablation_changes_what_it_says_and_nothing_else() -> None:
     plain, *ablated = variants(study, TrainJob(log="log", fields=("category",), sizes=Sizes()))
     assert plain.job.model == "vql"
     for variant in ablated:
-        assert variant.job.model == "vql"
+        assert variant.job.model == ("vql+counts" if variant.name == "vql with exact counts" else "vql")
         changed = [
             name for name in TrainJob.__struct_fields__ if getattr(variant.job, name) != getattr(plain.job, name)
         ]
-        assert len(changed) == 1, variant.name
+        # Without context there is no category to count.
+        assert changed == ["fields", "counts"] if variant.name == "vql without context" else len(changed) == 1
+
+
+def test_vql_counts_and_rivals_do_when_they_are_named_so() -> None:
+    study = msgspec.structs.replace(STUDY, models=("vql", "din_50", "din_50+counts", "vql+counts"), length=1000)
+    made = variants(study, TrainJob(log="log", fields=("category",)))
+    assert [variant.job.counts for variant in made] == [STUDY.counts, None, STUDY.counts, STUDY.counts]
+    assert [variant.length for variant in made] == [1000, 50, 50, 1000]
+    assert (
+        variants(msgspec.structs.replace(STUDY, models=("vql",), counts=None), TrainJob(log=""))[0].job.counts is None
+    )
 
 
 def test_a_model_that_looks_at_few_events_is_given_no_more() -> None:

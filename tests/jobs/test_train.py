@@ -11,8 +11,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from jobs.train import DAY_MS, TrainJob, parse_delay_ms, parse_half_lives, run_training
+from jobs.train import (
+    DAY_MS,
+    TrainJob,
+    check_job,
+    counted_fields,
+    parse_counts,
+    parse_delay_ms,
+    parse_half_lives,
+    run_training,
+)
 from models.checkpoint import open_checkpoint
+from models.counts import CountPlan
 from models.errors import InputError
 from models.load import load_ranker
 from tests.jobs.processes import kill_when, start
@@ -158,6 +168,33 @@ def test_half_lives_are_read_by_unit() -> None:
     hour = DAY_MS / 24
     assert parse_half_lives(["12h", "7d", "never"]) == ((12 * hour,), (7 * DAY_MS,), (None,))
     assert parse_half_lives(["1.5d,never", "90m,30s"]) == ((1.5 * DAY_MS, None), (1.5 * hour, 30_000.0))
+
+
+def test_what_is_counted_when_nothing_is_asked_for() -> None:
+    assert counted_fields("vql", [], ["category"]) == counted_fields("sim+counts", [], ["category"])
+    assert counted_fields("vql", [], ["category"]) == ["item_id", "category"]
+    assert counted_fields("vql", ["category"], ["category", "brand"]) == ["category"]
+    assert counted_fields("sim", [], ["category"]) == []
+    assert parse_counts([], "7d") is None
+    assert parse_counts(["item_id"], "7d,never") == CountPlan(fields=["item_id"], half_life_ms=[7 * DAY_MS, None])
+    with pytest.raises(InputError, match="each can be there once"):
+        parse_counts(["item_id", "item_id"], "7d")
+
+
+@pytest.mark.parametrize(
+    ("model", "counted", "says"),
+    [
+        ("din_50", ["item_id"], "din_50 is given no counts; din_50.counts is"),
+        ("din_50+counts", None, "nothing to count"),
+        ("vql", ["item_id", "brand"], r"counted fields \['brand'\]"),
+        ("bert+counts", ["item_id"], "model 'bert.counts' is none of vql"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(tmp_path: Path, model: str, counted: list[str] | None, says: str) -> None:
+    counts = None if counted is None else CountPlan(fields=counted, half_life_ms=[None])
+    job = TrainJob(log="log", model=model, fields=("category",), counts=counts)
+    with pytest.raises(InputError, match=says):
+        check_job(job, tmp_path / "out")
 
 
 @pytest.mark.parametrize("text", ["7", "d", "", "7w", "sevend", "0h", "-1d", "nand", "infd", "1d,"])

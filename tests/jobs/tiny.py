@@ -20,7 +20,19 @@ USERS, DAYS, ITEMS, CATEGORIES, PARTITIONS = 30, 12, 24, 3, 2
 # What the command line makes of TRAIN_OPTIONS, with over fifty steps: a state is saved on the way.
 SIZES = Sizes(heads=4, groups=2, codewords=8, window=4)
 EPOCHS = 8
-TRAIN_OPTIONS = ["--field", "category", "--groups", 2, "--codewords", 8, "--window", 4, "--epochs", EPOCHS]
+TRAIN_OPTIONS = [
+    "--field",
+    "category",
+    "--groups",
+    2,
+    "--codewords",
+    8,
+    "--window",
+    4,
+    "--epochs",
+    EPOCHS,
+    "--no-counts",
+]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
+from models.count_kernels import BEYOND
 from models.dense_caches import dense_caches, placed
 from models.errors import ForeignRowError, WireError
 from models.item_table import UNKNOWN
-from models.row import Fold, Row, RowBytes, advance, decode_row, encode_row, new_row, whole_cache
+from models.row import Fold, Row, RowBytes, advance, decode_row, encode_row, new_row, whole_cache, whole_counts
 from models.row_places import ABSENT, DAMAGED, FOREIGN, SOUND, stamps
 from models.wire import Stamp, encode_recent, pack_recent
-from tests.small import ACTIONS, HOUR_MS, START_MS, small_checkpoint, write_items
+from tests.small import ACTIONS, COUNTS, HOUR_MS, START_MS, small_checkpoint, write_items
 
 CPU = torch.device("cpu")
 
@@ -47,24 +49,32 @@ def random_row(checkpoint: Checkpoint, using: Fold, events: int, seed: int) -> R
 
 def plain(rows: list[RowBytes | None], using: Fold) -> tuple[CacheBatch, list[int]]:
     """The obvious way: a user at a time."""
-    caches, statuses = [], []
+    caches, counts, statuses = [], [], []
     for data in rows:
-        cache, status = None, ABSENT
+        cache, counted, status = None, None, ABSENT
         if data is not None:
             try:
-                cache, status = whole_cache(decode_row(data, using.spec), using), SOUND
+                row = decode_row(data, using.spec)
+                cache, counted, status = whole_cache(row, using), whole_counts(row, using), SOUND
             except ForeignRowError:
                 status = FOREIGN
             except WireError:
                 status = DAMAGED
         caches.append(cache)
+        counts.append(counted)
         statuses.append(status)
-    return CacheBatch.of(using.spec, caches), statuses
+    return CacheBatch.of(using.spec, caches, counts), statuses
 
 
 def assert_same(a: CacheBatch, b: CacheBatch) -> None:
     for name in CacheBatch.__slots__:
         assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def without_padding(caches: CacheBatch) -> CacheBatch:
+    """As wide as the user with most counts needs."""
+    longest = int((caches.cell_BN != BEYOND).sum(dim=1).max())
+    return replace(caches, cell_BN=caches.cell_BN[:, :longest], cell_mass_BNR=caches.cell_mass_BNR[:, :longest])
 
 
 def assert_as_plain(rows: list[RowBytes | None], using: Fold) -> list[int]:
@@ -75,10 +85,11 @@ def assert_as_plain(rows: list[RowBytes | None], using: Fold) -> list[int]:
     return statuses
 
 
+@pytest.mark.parametrize("counts", [None, COUNTS])
 @pytest.mark.parametrize("rates", [1, 3])
 @pytest.mark.parametrize("window", [0, 4, 64])
-def test_every_row_comes_out_as_decoded_and_folded_by_itself(tmp_path: Path, window: int, rates: int) -> None:
-    checkpoint = small_checkpoint(tmp_path / "c", window=window, rates=rates)
+def test_every_row_comes_out_as_decoded_and_folded_by_itself(tmp_path: Path, window: int, rates: int, counts) -> None:
+    checkpoint = small_checkpoint(tmp_path / "c", window=window, rates=rates, counts=counts)
     using = checkpoint.fold()
     rows = [encode_row(random_row(checkpoint, using, events, events)) for events in (0, 1, 3, 5, 9, 60, 300, 127)]
     assert assert_as_plain([None, *rows, None, rows[-1]], using) == [ABSENT, *[SOUND] * 8, ABSENT, SOUND]
@@ -90,9 +101,9 @@ def test_a_batch_of_nobody_is_empty(checkpoint: Checkpoint) -> None:
     assert_as_plain([None, None], using)
 
 
-@pytest.fixture
-def checkpoint(tmp_path: Path) -> Checkpoint:
-    return small_checkpoint(tmp_path / "c")
+@pytest.fixture(params=[None, COUNTS], ids=["", "counts"])
+def checkpoint(tmp_path: Path, request: pytest.FixtureRequest) -> Checkpoint:
+    return small_checkpoint(tmp_path / "c", counts=request.param)
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -115,9 +126,8 @@ def test_a_flipped_bit_in_one_of_a_hundred_rows_masks_that_user_and_no_other(che
         assert places.place_B["status"][hit] == DAMAGED
         assert not caches.present_B[hit]
         assert not caches.mass_BHKR[hit].any()
-        others = torch.arange(len(rows)) != hit
-        for name in CacheBatch.__slots__:
-            assert torch.equal(getattr(caches, name)[others], getattr(sound, name)[others]), name
+        others = [b for b in range(len(rows)) if b != hit]
+        assert_same(without_padding(caches.take(others)), without_padding(sound.take(others)))
 
 
 def resealed(body: bytes) -> bytes:
@@ -150,7 +160,7 @@ def test_bytes_that_are_wrong_under_a_right_checksum_are_refused_and_read_no_fur
     assert places.place_B["status"][-1] == SOUND
     assert_same(
         dense_caches(placed([row], using), using, CPU).caches,
-        CacheBatch(**{name: getattr(caches, name)[-1:] for name in CacheBatch.__slots__}),
+        without_padding(CacheBatch(**{name: getattr(caches, name)[-1:] for name in CacheBatch.__slots__})),
     )
     assert {DAMAGED, FOREIGN} <= set(places.place_B["status"].tolist())
 

@@ -4,14 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from models.attention import CacheBatch
+from models.attention import CacheBatch, read_counts
 from models.cache import CacheSpec, EncodedEvents, empty, fold
+from models.counts import CountedEvents, CountPlan
+from models.counts import fold as fold_counts
 from models.ranker import Ranker, Shape, VqlHistory, loss
-from models.request import collate, collate_timelines
+from models.request import collate, collate_timelines, counted
 from models.rivals import HISTORIES
 from models.timelines import impressions_of, timeline_files, timelines_of
 from tests.small import HOUR_MS
-from tests.small_examples import CATEGORIES, ITEMS, SIZES, feature_table, write_small_examples
+from tests.small_examples import CATEGORIES, ITEMS, SIZES, cell_table, feature_table, write_small_examples
 
 LIVES: dict[int, list[list[float | None]]] = {
     1: [[float(HOUR_MS)], [24.0 * HOUR_MS], [168.0 * HOUR_MS], [None]],
@@ -19,10 +21,20 @@ LIVES: dict[int, list[list[float | None]]] = {
 }
 
 
-def new_ranker(model: str = "vql", rates: int = 1) -> Ranker:
+COUNTING = CountPlan(fields=["item_id", "category"], half_life_ms=[float(HOUR_MS), None])
+
+
+def new_ranker(model: str = "vql", rates: int = 1, counting: CountPlan | None = None) -> Ranker:
     torch.manual_seed(3)
-    shape = Shape(sizes=SIZES, half_life_ms=LIVES[rates], actions=2, field_rows=[ITEMS + 1, CATEGORIES + 1])
-    ranker = Ranker(shape, torch.from_numpy(feature_table()), HISTORIES[model](shape)).eval()
+    shape = Shape(
+        sizes=SIZES,
+        half_life_ms=LIVES[rates],
+        actions=2,
+        field_rows=[ITEMS + 1, CATEGORIES + 1],
+        counting=counting,
+    )
+    cells = None if counting is None else cell_table(counting)
+    ranker = Ranker(shape, torch.from_numpy(feature_table()), HISTORIES[model](shape), cells).eval()
     if isinstance(ranker.history, VqlHistory):
         keys = ranker.history.keys(ranker.encoder(torch.arange(ITEMS + 1)))
         ranker.history.codebook.start(keys.reshape(len(keys), SIZES.groups, -1), torch.Generator().manual_seed(0))
@@ -34,18 +46,21 @@ def impressions(folder):
     return [i for f in timeline_files(write_small_examples(folder)) for i in impressions_of(f)]
 
 
-def caches_of(ranker: Ranker, batch, rates: int) -> CacheBatch:
-    """The caches of the impressions' histories, through the item table's arithmetic."""
-    history = ranker.history
+def new_spec(rates: int) -> CacheSpec:
     half_life = np.array([[np.inf if h is None else h for h in row] for row in LIVES[rates]])
-    spec = CacheSpec(
+    return CacheSpec(
         checkpoint_id="cd" * 16,
         groups=SIZES.groups,
         codewords=SIZES.codewords,
         value_width=SIZES.value_width,
         rate_HR=np.log(2) / half_life,
     )
-    caches = []
+
+
+def caches_of(ranker: Ranker, batch, rates: int) -> CacheBatch:
+    """The caches of the impressions' histories, through the item table's arithmetic."""
+    history, spec = ranker.history, new_spec(rates)
+    caches, counts = [], []
     for i in batch:
         x = ranker.encoder(torch.from_numpy(i.item_L.astype(np.int64)))
         value = history.values(x) + history.action_value_AHD[torch.from_numpy(i.action_L.astype(np.int64))]
@@ -56,27 +71,34 @@ def caches_of(ranker: Ranker, batch, rates: int) -> CacheBatch:
             weight_N=i.weight_L,
         )
         caches.append(fold(empty(spec), events))
-    return CacheBatch.of(spec, caches)
+        if ranker.counting is not None:
+            counted = CountedEvents(
+                cell_NQ=cell_table(ranker.counting)[i.item_L], time_ms_N=i.time_ms_L, weight_N=i.weight_L
+            )
+            counts.append(fold_counts(empty(ranker.counting.spec(spec.checkpoint_id)), counted))
+    return CacheBatch.of(spec, caches, counts or None)
 
 
+@pytest.mark.parametrize("counting", [None, COUNTING])
 @pytest.mark.parametrize("rates", [1, 2])
 @torch.inference_mode()
-def test_the_serving_form_scores_as_the_training_form(tmp_path, rates):
-    ranker, batch = new_ranker(rates=rates), impressions(tmp_path)[:50]
-    request = collate(batch)
+def test_the_serving_form_scores_as_the_training_form(tmp_path, rates, counting):
+    ranker, batch = new_ranker(rates=rates, counting=counting), impressions(tmp_path)[:50]
+    request = collate(batch, counts=counted(batch, ranker.counter))
     raw, _ = ranker(request)
     cached = ranker.from_cache(request.candidate_BC, caches_of(ranker, batch, rates), request.now_ms_B)
     torch.testing.assert_close(cached, raw, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("counting", [None, COUNTING])
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 @pytest.mark.parametrize("rates", [1, 2])
 @torch.inference_mode()
-def test_the_serving_form_scores_as_training_over_timelines(tmp_path, monkeypatch, rates, chunk):
+def test_the_serving_form_scores_as_training_over_timelines(tmp_path, monkeypatch, rates, chunk, counting):
     monkeypatch.setattr("models.ranker.CHUNK", chunk)
-    ranker = new_ranker(rates=rates)
+    ranker = new_ranker(rates=rates, counting=counting)
     timelines = timelines_of(timeline_files(write_small_examples(tmp_path))[0])
-    shared = collate_timelines(timelines)
+    shared = collate_timelines(timelines, counted(timelines, ranker.counter))
     trained, _ = ranker(shared)
     caches = caches_of(ranker, [i for t in timelines for i in t.impressions()], rates)
     cached = ranker.from_cache(shared.candidate_BC, caches, shared.now_ms_B)
@@ -99,6 +121,38 @@ def test_timelines_have_the_gradients_of_raw_histories(tmp_path, monkeypatch, ch
     assert shared.keys() == alone.keys() >= {"history.key.weight", "history.kernel.raw_HR", "encoder.fields.0.weight"}
     for name, gradient in alone.items():
         torch.testing.assert_close(shared[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+
+
+@torch.inference_mode()
+def test_counts_of_rows_are_those_of_histories_of_any_length(tmp_path):
+    ranker, batch = new_ranker(counting=COUNTING), impressions(tmp_path)[:50]
+    request = collate(batch, 3, counted(batch, ranker.counter))
+    cells = ranker.cell_MQ[request.candidate_BC]
+    found = read_counts(cells, caches_of(ranker, batch, 1), ranker.count_rate_R, request.now_ms_B)
+    torch.testing.assert_close(found, request.count_BCX, rtol=1e-6, atol=0)
+    assert (found > 0).any(dim=1).any(dim=0).all()
+    assert (found[..., 1] == 0).any()
+
+
+@torch.inference_mode()
+def test_a_score_depends_on_the_counts_and_is_not_given_without_them(tmp_path):
+    batch = impressions(tmp_path)[:8]
+    for model in HISTORIES:
+        ranker = new_ranker(model, counting=COUNTING)
+        request = collate(batch, counts=counted(batch, ranker.counter))
+        more = replace(request, count_BCX=request.count_BCX + 1)
+        assert (ranker(request)[0] - ranker(more)[0]).abs().max() > 1e-4
+        with pytest.raises(ValueError, match="0 counts for a head of 4"):
+            ranker(collate(batch))
+    assert new_ranker().counter is None
+
+
+@torch.inference_mode()
+def test_a_batch_of_users_of_whom_nothing_is_counted_reads_zeros():
+    nobody = CacheBatch.of(new_spec(1), [None, None])
+    found = read_counts(torch.ones(2, 3, 2, dtype=torch.int32), nobody, torch.zeros(2).double(), torch.zeros(2).long())
+    assert found.shape == (2, 3, 4)
+    assert not found.any()
 
 
 @torch.inference_mode()

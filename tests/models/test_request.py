@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from models.request import PADDING, Impression, Timeline, collate, collate_timelines
+from models.counts import Counter, CountPlan
+from models.request import PADDING, Impression, Timeline, collate, collate_timelines, counted
 
 
 def impression(events: int, candidates: int, user_id: str = "u") -> Impression:
@@ -99,3 +102,24 @@ def test_a_part_of_a_timeline_asks_what_the_whole_does():
         assert a.now_ms == b.now_ms
         assert a.item_L.tolist() == b.item_L.tolist()
         assert a.candidate_C.tolist() == b.candidate_C.tolist()
+
+
+def test_counts_along_a_timeline_are_those_of_its_impressions_one_by_one():
+    """Strictly before each impression: an event at its `end` or later, such as of its own basket, is not counted."""
+    counter = Counter(plan=CountPlan(fields=["item_id"], half_life_ms=[None]), cell_MQ=np.arange(20)[:, None])
+    one = replace(
+        timeline(6, [5, 2, 0], "a"),
+        item_L=np.array([7, 8, 7, 7, 9, 7]),
+        weight_L=np.ones(6),
+        candidates=[np.array([7, 8, 9]), np.array([7, 9]), np.array([7])],
+    )
+    found = counted([one], counter)
+    assert [count_CX[:, 0].tolist() for count_CX in found] == [[3, 1, 1], [1, 0], [0]]
+    alone = counted(one.impressions(), counter)
+    assert [each.tolist() for each in found] == [each.tolist() for each in alone]
+    assert [each.tolist() for each in counted([one.part(1, 3)], counter)] == [each.tolist() for each in found[1:]]
+    batch = collate_timelines([one], found)
+    assert batch.count_BCX[..., 0].tolist() == [[3, 1, 1], [1, 0, 0], [0, 0, 0]]
+    assert torch.equal(collate(one.impressions(), 1, alone).count_BCX, batch.count_BCX)
+    assert counted([one], None) is None
+    assert collate_timelines([one]).count_BCX.shape == (3, 3, 0)

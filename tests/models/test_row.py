@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,11 +11,14 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from models.cache import CacheSpec, delta
+from models.counts import CountPlan
 from models.errors import ForeignRowError, WireError
 from models.item_table import ItemTable
-from models.row import Fold, Left, Row, RowBytes, advance, decode_row, encode_row, new_row, whole_cache
-from models.wire import RECENT, Stamp, pack_recent, recent_offsets
+from models.row import Fold, Left, Row, RowBytes, advance, decode_row, encode_row, new_row, whole_cache, whole_counts
+from models.wire import RECENT, Stamp, decode_counts, encode_folded, pack_recent, recent_offsets
 from tests.models.test_cache import HOUR_MS, START_MS, make_spec
+from tests.models.test_counts import assert_formula as assert_counts_formula
+from tests.models.test_counts import assert_same as assert_same_counts
 from tests.small import random_events, small_checkpoint
 from tests.twin import assert_formula, assert_same_cache
 
@@ -24,7 +29,10 @@ POSITION = Stamp(epoch=0, partition=0, offset=0)
 laws = settings(max_examples=50, deadline=None)
 
 
-def make_fold(window: int, spec: CacheSpec | None = None) -> Fold:
+COUNTS = CountPlan(fields=["item_id", "category"], half_life_ms=[float(HOUR_MS), None])
+
+
+def make_fold(window: int, spec: CacheSpec | None = None, counting: CountPlan | None = COUNTS) -> Fold:
     spec = spec or make_spec(groups=2, heads_per_group=2)
     rng = np.random.default_rng(0)
     table = ItemTable(
@@ -32,10 +40,11 @@ def make_fold(window: int, spec: CacheSpec | None = None) -> Fold:
         index={f"i{n}": n for n in range(1, ITEMS)},
         code_MG=rng.integers(0, spec.codewords, (ITEMS, spec.groups)).astype(np.uint16),
         feature_MF=np.arange(ITEMS).reshape(-1, 1),
+        cell_MQ=np.stack([np.arange(ITEMS), (np.arange(ITEMS) + 2) // 3], axis=1).astype(np.uint16),
         value_MHD=rng.normal(size=(ITEMS, spec.heads, spec.value_width)).astype(np.float32),
         action_value_AHD=rng.normal(size=(ACTIONS, spec.heads, spec.value_width)).astype(np.float32),
     )
-    return Fold(spec=spec, window=window, table=table)
+    return Fold(spec=spec, window=window, table=table, counting=counting)
 
 
 def make_log(count: int, seed: int = 0, gap: int = 3) -> np.ndarray:
@@ -63,6 +72,8 @@ def assert_same_row(found: Row, wanted: Row) -> None:
     assert (found.stamp, found.folded_stamp, found.count) == (wanted.stamp, wanted.folded_stamp, wanted.count)
     np.testing.assert_array_equal(found.recent, wanted.recent)
     assert_same_cache(found.folded, wanted.folded)
+    spec = COUNTS.spec(found.spec.checkpoint_id)
+    assert_same_counts(decode_counts(found.folded_data, spec), decode_counts(wanted.folded_data, spec))
 
 
 @laws
@@ -97,6 +108,64 @@ def test_the_whole_cache_is_the_formula_over_every_event(window, batch):
     whole = whole_cache(row, using)
     assert_same_cache(whole, delta(using.spec, using.encode(log)))
     assert_formula(whole, using.encode(log))
+    counts = whole_counts(row, using)
+    assert counts is not None
+    assert_counts_formula(COUNTS, counts, using.encode_counted(log))
+    assert counts.reference_ms == whole.reference_ms
+    assert len(counts.code_N) > 5
+
+
+def test_retracted_events_leave_no_cell_in_the_row():
+    using, log = make_fold(2), make_log(20, gap=1)
+    # Of one time: what is left of an event beside a retracted one ten million times heavier is noise, as in the cache.
+    log["time"] = log["time"][0]
+    undo = log.copy()
+    undo["position"] += np.uint64(1000 << 16)
+    undo["weight"] *= -1
+    row = advance_all(using, [log, undo])
+    counts = whole_counts(row, using)
+    assert counts is not None
+    assert (len(counts.code_N), counts.count) == (0, 40)
+    assert len(decode_counts(row.folded_data, counts.spec).code_N) > 0
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_tombstone_erases_the_counts_before_it_and_leaves_those_after(window):
+    using, log = make_fold(window), make_log(40, gap=1)
+    log["weight"][25] = 0
+    row = advance_all(using, [log[:10], log[10:27], log[27:]])
+    counts = whole_counts(row, using)
+    assert counts is not None
+    assert_counts_formula(COUNTS, counts, using.encode_counted(log[26:]))
+    gone = advance_all(using, [log[:26]])
+    erased = whole_counts(gone, using)
+    assert erased is not None
+    assert (len(erased.code_N), erased.count) == (0, 0)
+
+
+@laws
+@given(st.sampled_from(WINDOWS), st.lists(st.integers(1, 39), max_size=6), st.lists(st.integers(0, 19), max_size=5))
+def test_counts_of_a_row_are_the_formula_however_its_log_with_retractions_is_cut(window, cuts, taken_back):
+    using, log = make_fold(window), make_log(40, gap=1)
+    # Retractions follow their events: the second half takes back some of the first.
+    for n, event in enumerate(sorted(set(taken_back))):
+        position = log["position"][20 + n] & ~np.uint64(0xFFFF) | log["position"][event] & np.uint64(0xFFFF)
+        log[20 + n] = log[event]
+        log["position"][20 + n], log["weight"][20 + n] = position, -log["weight"][event]
+    bounds = [0, *sorted(set(cuts)), 40]
+    row = advance_all(using, [log[a:b] for a, b in pairwise(bounds)])
+    counts = whole_counts(row, using)
+    assert counts is not None
+    assert_counts_formula(COUNTS, counts, using.encode_counted(log))
+
+
+def test_a_checkpoint_without_counts_has_rows_without_them():
+    counted, plain = make_fold(2), make_fold(2, counting=None)
+    log = make_log(20)
+    row = advance_all(plain, [log])
+    assert whole_counts(row, plain) is None
+    assert row.folded_data == encode_folded(row.folded, row.folded_stamp)
+    assert len(advance_all(counted, [log]).folded_data) > len(row.folded_data)
 
 
 @laws

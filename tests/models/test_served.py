@@ -12,7 +12,7 @@ from models.attention import REACH_MAX
 from models.ranker import Ranker
 from models.request import collate
 from models.served import ServedRanker
-from tests.models.test_ranker import caches_of, impressions, new_ranker
+from tests.models.test_ranker import COUNTING, caches_of, impressions, new_ranker
 
 
 def scored_both_ways(ranker: Ranker, rates: int, folder) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,10 +26,11 @@ def scored_both_ways(ranker: Ranker, rates: int, folder) -> tuple[torch.Tensor, 
         return ServedRanker(ranker).from_cache(*asked), ranker.from_cache(*asked)
 
 
+@pytest.mark.parametrize("counting", [None, COUNTING])
 @pytest.mark.parametrize("rates", [1, 2])
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
-def test_it_scores_as_the_plain_form(tmp_path, rates, temperature):
-    ranker = new_ranker(rates=rates)
+def test_it_scores_as_the_plain_form(tmp_path, rates, temperature, counting):
+    ranker = new_ranker(rates=rates, counting=counting)
     torch.nn.init.constant_(ranker.history.log_temperature_H, math.log(temperature))
     found, wanted = scored_both_ways(ranker, rates, tmp_path)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

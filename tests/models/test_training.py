@@ -14,13 +14,15 @@ import torch
 
 from jobs.evaluate import quality, score_raw
 from models import training
+from models.counts import CountPlan
 from models.errors import InputError
 from models.request import collate
 from models.rivals import HISTORIES
 from models.stopping import auc_within
 from models.timelines import impressions_of, timeline_files
 from models.training import final_parameters, new_ranker, train
-from tests.small_examples import small_plan
+from tests.small import HOUR_MS
+from tests.small_examples import repeating_user, small_plan, write_small_examples
 
 RUN = """
 import sys, msgspec, torch
@@ -50,6 +52,18 @@ def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
+COUNTS = CountPlan(fields=["item_id", "category"], half_life_ms=[24.0 * HOUR_MS, None])
+
+
+def trained_gauc(plan, examples: Path | None = None) -> float:
+    """How well the plan's model ranks these examples, or those that it was trained on."""
+    train(plan)
+    ranker = new_ranker(plan)
+    ranker.load_state_dict({name: torch.from_numpy(a) for name, a in final_parameters(plan).items()})
+    impressions = [i for f in timeline_files(examples or Path(plan.examples)) for i in impressions_of(f)]
+    return quality(score_raw(ranker.eval(), impressions)).gauc
+
+
 @pytest.mark.parametrize("model", HISTORIES)
 def test_the_loss_falls_and_every_step_is_logged(tmp_path, model):
     plan = small_plan(tmp_path, model)
@@ -60,15 +74,29 @@ def test_the_loss_falls_and_every_step_is_logged(tmp_path, model):
 
 
 def test_vql_learns_what_no_history_cannot(tmp_path):
-    gauc = {}
-    for model in ("vql", "no_history"):
-        plan = small_plan(tmp_path, model, epochs=12)
-        train(plan)
-        ranker = new_ranker(plan)
-        ranker.load_state_dict({name: torch.from_numpy(a) for name, a in final_parameters(plan).items()})
-        impressions = [i for f in timeline_files(Path(plan.examples)) for i in impressions_of(f)]
-        gauc[model] = quality(score_raw(ranker.eval(), impressions)).gauc
+    gauc = {model: trained_gauc(small_plan(tmp_path, model, epochs=12)) for model in ("vql", "no_history")}
     assert gauc["vql"] > gauc["no_history"] + 0.1
+
+
+def test_counts_alone_learn_what_no_history_cannot(tmp_path):
+    without, counted = (
+        trained_gauc(small_plan(tmp_path, "no_history", epochs=12, counts=counts, work=str(tmp_path / f"work-{n}")))
+        for n, counts in enumerate((None, COUNTS))
+    )
+    assert counted > without + 0.1
+
+
+def test_where_a_repeat_decides_counts_tell_it_from_a_likeness(tmp_path):
+    write_small_examples(tmp_path / "examples", user=repeating_user)
+    others = write_small_examples(tmp_path / "others", user=repeating_user, seed=1)
+    gauc = {}
+    for name, counts in (("without", None), ("counted", COUNTS)):
+        plan = small_plan(tmp_path, epochs=12, counts=counts, work=str(tmp_path / name))
+        gauc[name] = trained_gauc(plan, others)
+        found = losses(plan)
+        assert np.mean(found[-10:]) < np.mean(found[:10])
+    assert gauc["counted"] > 0.95
+    assert gauc["counted"] > gauc["without"] + 0.05
 
 
 def test_the_same_plan_gives_the_same_parameters(tmp_path):

@@ -7,6 +7,7 @@ the format is a new version with files of its own beside these.
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
@@ -16,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from models.cache import Cache, CacheSpec, delta, empty
+from models.cache import Cache, CacheSpec, decay, delta, empty
+from models.counts import CountedEvents, CountPlan
+from models.counts import delta as count_delta
 from models.errors import ForeignRowError, WireError
 from models.event import EVENT_TIME_MS_MAX, EVENT_TIME_MS_MIN
 from models.wire import (
@@ -24,6 +27,7 @@ from models.wire import (
     RECENT,
     RECENT_MAGIC,
     Stamp,
+    decode_counts,
     decode_folded,
     decode_recent,
     encode_folded,
@@ -35,6 +39,7 @@ from models.wire import (
     recent_times,
 )
 from tests.models.test_cache import START_MS, cases, make_events, make_spec
+from tests.models.test_counts import cases as count_cases
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 OURS, THEIRS = "ab" * 16, "cd" * 16
@@ -72,11 +77,27 @@ def small_recent() -> np.ndarray:
     )
 
 
+COUNTS = CountPlan(fields=["item_id", "category"], half_life_ms=[3_600_000.0, None])
+
+
+def small_counts() -> Cache:
+    """Counts of three events at the time of small_cache, which float32 holds exactly."""
+    return count_delta(
+        COUNTS.spec(OURS),
+        CountedEvents(
+            cell_NQ=np.array([[7, 65_535], [0, 7], [500, 9]], np.uint16),
+            time_ms_N=np.full(3, START_MS),
+            weight_N=np.array([1.0, 0.5, 1.5], np.float32),
+        ),
+    )
+
+
 def golden_bytes() -> dict[str, bytes]:
     """Today's encoding of what the golden files hold."""
     nothing = Stamp(epoch=0, partition=0, offset=-1)
     return {
         "folded_v1.bin": encode_folded(small_cache(), STAMP),
+        "folded_counts_v1.bin": encode_folded(small_cache(), STAMP, small_counts()),
         "folded_empty_v1.bin": encode_folded(empty(small_spec()), nothing),
         "recent_v1.bin": encode_recent(OURS, STAMP, small_recent()),
         "recent_empty_v1.bin": encode_recent(OURS, nothing, np.empty(0, RECENT)),
@@ -137,6 +158,8 @@ def test_a_header_says_what_the_part_holds():
 
 
 def decoders(name: str):
+    if "counts" in name:
+        return lambda data: decode_counts(data, COUNTS.spec(OURS))
     return (lambda data: decode_folded(data, small_spec())) if "folded" in name else (lambda d: decode_recent(d, OURS))
 
 
@@ -238,6 +261,47 @@ def test_a_section_whose_sizes_disagree_is_refused(name, at, size, change):
         decoders(name)(signed(body))
 
 
+@bytes_laws
+@given(cases(), count_cases(), stamps)
+def test_counts_come_back_as_they_were_beside_the_cache(case, counted, stamp):
+    spec, events = case
+    plan, counted_events = counted
+    counts = replace(count_delta(plan.spec(spec.checkpoint_id), counted_events), count=len(events))
+    cache = decay(delta(spec, events), max(counts.reference_ms, delta(spec, events).reference_ms))
+    counts = decay(counts, cache.reference_ms)
+    data = encode_folded(cache, stamp, counts)
+    assert_same_bits(decode_counts(data, counts.spec), counts)
+    found, found_stamp = decode_folded(data, spec)
+    assert_same_bits(found, cache)
+    assert found_stamp == stamp
+
+
+def test_a_part_without_sections_of_counts_has_counted_nothing():
+    counts = decode_counts(golden_bytes()["folded_v1.bin"], COUNTS.spec(OURS))
+    assert (counts.reference_ms, counts.count, len(counts.code_N)) == (START_MS, 3, 0)
+    assert encode_folded(small_cache(), STAMP, counts) == golden_bytes()["folded_v1.bin"]
+
+
+def test_counts_that_are_incomplete_or_do_not_rise_from_cell_one_are_refused():
+    body = golden_bytes()["folded_counts_v1.bin"][:-4]
+    at = len(golden_bytes()["folded_v1.bin"]) - 4
+    counts = small_counts()
+    for wrong in (counts.code_N[::-1], np.full_like(counts.code_N, 7), counts.code_N - np.uint16(7)):
+        data = encode_folded(small_cache(), STAMP, replace(counts, code_N=wrong))
+        with pytest.raises(WireError, match=r"rising|cell 0"):
+            decode_counts(data, counts.spec)
+        assert_same_bits(decode_folded(data, small_spec())[0], small_cache())
+    for section in range(3):
+        start = at
+        for _ in range(section):
+            start += 16 + struct.unpack_from("<Q", body, start + 8)[0]
+        for kind, where in (("<H", 0), ("<H", 2), ("<I", 4)):
+            damaged = bytearray(body)
+            struct.pack_into(kind, damaged, start + where, 99)
+            with pytest.raises(WireError):
+                decode_counts(signed(damaged), counts.spec)
+
+
 def test_codes_that_do_not_rise_or_are_too_large_are_refused():
     spec = small_spec()
     cache = small_cache()
@@ -267,6 +331,16 @@ def test_the_decoder_still_reads_the_golden_folded_part():
     assert cache.net_N.tolist() == small_cache().net_N.tolist() == [1, 2, 1, 2]
     assert cache.mass_NPR.reshape(4, 2).tolist() == [[1.0, 1.0], [2.0, 2.0], [1.0, 1.0], [2.0, 2.0]]
     assert cache.mean_NPRD.reshape(4, 4).tolist() == [[1.5] * 4, [2.5] * 4, [1.5] * 4, [2.5] * 4]
+
+
+def test_the_decoder_still_reads_the_golden_counts():
+    data = (GOLDEN / "folded_counts_v1.bin").read_bytes()
+    counts = decode_counts(data, COUNTS.spec("ab" * 16))
+    assert (counts.reference_ms, counts.count) == (1_600_000_000_000, 3)
+    assert counts.code_N.tolist() == [7, 9, 500, 65_535]
+    assert counts.net_N.tolist() == [2, 1, 1, 1]
+    assert counts.mass_NPR.reshape(4, 2).tolist() == [[1.5, 1.5], [1.5, 1.5], [1.5, 1.5], [1.0, 1.0]]
+    assert_same_bits(decode_folded(data, small_spec())[0], small_cache())
 
 
 def test_the_decoder_still_reads_the_golden_recent_part():
