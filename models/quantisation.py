@@ -42,7 +42,8 @@ def diagnose(ranker: Ranker, sample: Impression, seed: int = 0) -> Diagnostics:
     code_UG = history.codebook.encode(exact_UGF)
     error_UGF = history.codebook.decode(code_UG) - exact_UGF
     relative_NG = (error_UGF.norm(dim=-1) / exact_UGF.norm(dim=-1))[at_N]
-    query_CHE = history.queries(ranker.encoder(torch.from_numpy(sample.candidate_C[:CANDIDATES]).long()))
+    candidate_1C = torch.from_numpy(sample.candidate_C[None, :CANDIDATES]).long()
+    query_CHE = history.queries(ranker.encoder(candidate_1C))[0]
     attention = [
         _attention(history, sample, query_CHE, exact_UHE, error_UGF.reshape(exact_UHE.shape), at_N, length, generator)
         for length in LENGTHS
@@ -98,6 +99,6 @@ def _attention(
     )
 
 
-def _rounded(value: float) -> float:
+def _rounded(value: float | np.floating) -> float:
     """Digits that a checkpoint's id should not depend on are dropped."""
     return float(f"{value:.4g}")

@@ -18,7 +18,7 @@ from tests.small_examples import CATEGORIES, ITEMS, SIZES, feature_table, write_
 DAY_MS = 86_400_000
 SHAPE = Shape(
     sizes=SIZES,
-    half_life_ms=[[DAY_MS], [DAY_MS], [None], [None]],
+    half_life_ms=[[float(DAY_MS)], [float(DAY_MS)], [None], [None]],
     actions=2,
     field_rows=[ITEMS + 1, CATEGORIES + 1],
 )
@@ -96,7 +96,7 @@ def test_the_difference_of_attention_is_that_of_two_softmaxes() -> None:
     found = diagnose(made, seen).attention[-1]
 
     history = made.history
-    query = history.queries(made.encoder(torch.from_numpy(seen.candidate_C))).detach().numpy()
+    query = history.queries(made.encoder(torch.from_numpy(seen.candidate_C[None])))[0].detach().numpy()
     exact = grouped_keys(made, ITEMS_OF_EVENTS).reshape(6, SIZES.heads, -1).numpy()
     moved = history.codebook.codeword_GKF.numpy()[:, ITEMS_OF_EVENTS - 1].transpose(1, 0, 2).reshape(exact.shape)
     age_days = np.arange(6)
