@@ -15,7 +15,7 @@ from models.files import replace_file
 from models.row import Row, encode_row
 from models.wire import RECENT, Stamp, encode_folded
 
-# The learned weights of the kernel's exponentials, before softplus (models.ranker.TemporalKernel).
+# The learned weights of the kernel's exponentials, before softplus (models.temporal.TemporalKernel).
 KERNEL = "history.kernel.raw_HR"
 DAY_MS = 86_400_000
 AGES_DAYS = np.geomspace(1 / 1440, 365, 200)

@@ -14,6 +14,7 @@ counted fields, R rates of their own, X = Q * R.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
@@ -21,9 +22,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64
+from torch.nn import functional
 
 from models.cache import Cache, CacheSpec
 from models.count_kernels import BEYOND
+from models.request import History
 
 # Logits within this need no maximum subtracted: exp(2 * 30) times a mass that float32 loses beside the largest is 1e-12
 # of the sum. Masses then meet the candidates in a product of matrices, which takes half the time of a softmax.
@@ -36,7 +39,8 @@ LOG_MIN = -1e30
 class CacheBatch:
     """The caches of a batch of users, dense; absent users have no mass and `present_B` False.
 
-    The counts beside them are sparse, in rising order of cell; N is 0 where nothing is counted.
+    The counts beside them are sparse, in rising order of cell; N is 0 where nothing is counted. The newest events are
+    as in `models.request.History`, by row of the item table; L is 0 where none are attended one by one.
     """
 
     mass_BHKR: Float32[torch.Tensor, "B H K R"]
@@ -46,12 +50,20 @@ class CacheBatch:
     present_B: Bool[torch.Tensor, "B"]
     cell_BN: Int32[torch.Tensor, "B N"]
     cell_mass_BNR: Float32[torch.Tensor, "B N R2"]
+    newest_item_BL: Int64[torch.Tensor, "B L"]
+    newest_action_BL: Int64[torch.Tensor, "B L"]
+    newest_time_ms_BL: Int64[torch.Tensor, "B L"]
+    newest_weight_BL: Float32[torch.Tensor, "B L"]
 
     @classmethod
     def of(
-        cls, spec: CacheSpec, caches: Sequence[Cache | None], counts: Sequence[Cache | None] | None = None
+        cls,
+        spec: CacheSpec,
+        caches: Sequence[Cache | None],
+        counts: Sequence[Cache | None] | None = None,
+        newest: History | None = None,
     ) -> CacheBatch:
-        """Scatter sparse caches (None: absent user) into one dense batch on the CPU, with these counts of the users."""
+        """Scatter sparse caches (None: absent user) into one dense batch on the CPU, with counts and newest events."""
         group_heads = spec.heads // spec.groups
         mass = np.zeros((len(caches), spec.groups * spec.codewords, group_heads, spec.rates), np.float32)
         mean = np.zeros((*mass.shape, spec.value_width), np.float32)
@@ -66,7 +78,13 @@ class CacheBatch:
             count_B=torch.tensor([c.count if c else 0 for c in caches], dtype=torch.int64),
             present_B=torch.tensor([c is not None for c in caches], dtype=torch.bool),
             **padded_counts([None if c is None else (c.code_N, c.mass_NPR[:, 0]) for c in counts or ()], len(caches)),
+            **newest_fields(newest or History.empty(len(caches))),
         )
+
+    @property
+    def newest(self) -> History:
+        """The newest events of each user."""
+        return History(**{field.name: getattr(self, f"newest_{field.name}") for field in fields(History)})
 
     def take(self, at_N: Sequence[int]) -> CacheBatch:
         """The caches of the users at these places."""
@@ -95,6 +113,11 @@ def padded_counts(entries: Sequence[tuple[np.ndarray, np.ndarray] | None], users
         if each is not None:
             cell_BN[b, : len(each[0])], mass_BNR[b, : len(each[0])] = each
     return {"cell_BN": torch.from_numpy(cell_BN), "cell_mass_BNR": torch.from_numpy(mass_BNR)}
+
+
+def newest_fields(newest: History) -> dict[str, torch.Tensor]:
+    """These events as the fields of a CacheBatch that hold them."""
+    return {f"newest_{field.name}": getattr(newest, field.name) for field in fields(newest)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +205,20 @@ def masses_now(
     log_now_BHKR = log_mass_BHKR + log_kappa_BHR[:, :, None, :]
     log_now_BHK = torch.logsumexp(log_now_BHKR, dim=-1)
     return log_now_BHK, log_now_BHKR - log_now_BHK[..., None]
+
+
+def normed_heads(x_NX: Float[torch.Tensor, "*N X"], heads: int) -> Float[torch.Tensor, "*N H E"]:
+    """Keys or queries of all heads side by side (X = H * E), layer-normed head by head."""
+    x_NHE = x_NX.unflatten(-1, (heads, -1))
+    return functional.layer_norm(x_NHE, x_NHE.shape[-1:])
+
+
+def scaled_queries(
+    x_NX: Float[torch.Tensor, "*N X"], log_temperature_H: Float[torch.Tensor, "H"]
+) -> Float[torch.Tensor, "*N H E"]:
+    """Layer-normed queries, scaled by the temperature (Transformer-VQ) and 1 / sqrt(E)."""
+    query_NHE = normed_heads(x_NX, len(log_temperature_H))
+    return query_NHE * (log_temperature_H.exp() / math.sqrt(query_NHE.shape[-1]))[:, None]
 
 
 def read_history(

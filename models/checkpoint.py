@@ -39,7 +39,10 @@ ACTION_VALUES = "history.action_value_AHD"
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
-    """The integers of the model; see models.ranker for the letters."""
+    """The integers of the model; see models.ranker for the letters.
+
+    window: W, the recent events that a row keeps as they are. newest: of these, how many VQL also attends one by one.
+    """
 
     width: int = 32
     heads: int = 4
@@ -48,11 +51,14 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     key_width: int = 8
     value_width: int = 8
     window: int = 64
+    newest: int = 0
 
     def __post_init__(self) -> None:
         sizes = msgspec.structs.asdict(self)
-        if wrong := {name: size for name, size in sizes.items() if size < (0 if name == "window" else 1)}:
+        if wrong := {name: size for name, size in sizes.items() if size < (name not in ("window", "newest"))}:
             raise ValueError(f"sizes must be positive: {wrong}")
+        if self.newest > self.window:
+            raise ValueError(f"the newest {self.newest} events are not in rows that keep {self.window} (window)")
         if self.heads % self.groups:
             raise ValueError(f"heads {self.heads} do not divide into {self.groups} groups")
         if self.groups * self.codewords > 2**16:
@@ -62,7 +68,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """manifest.json. half_life_ms is H x R with null for "never"; actions[0] is "other"; diagnostics: of vql alone.
 
-    counts: null where none are kept.
+    counts: null where none are kept. newest_half_life_ms: as half_life_ms, of the window over the newest events; empty
+    where there is none.
     """
 
     model: str
@@ -74,6 +81,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float]
     files: dict[str, str]
     counts: CountPlan | None = None
+    newest_half_life_ms: list[list[float | None]] = []
     diagnostics: Diagnostics | None = None
     format_version: int = FORMAT_VERSION
 
@@ -110,7 +118,7 @@ class Checkpoint:
         counting, sizes = self.manifest.counts, self.manifest.sizes
         counted = 0 if counting is None else len(counting.fields)
         table = load_table(self.items_path, self.checkpoint_id, action_value_AHD, sizes.groups, counted)
-        return Fold(spec=self.spec, window=sizes.window, table=table, counting=counting)
+        return Fold(spec=self.spec, window=sizes.window, newest=sizes.newest, table=table, counting=counting)
 
     def action_index(self, actions: Sequence[str]) -> np.ndarray:
         """Indices of the actions; 0 ("other") for those the checkpoint was not trained with."""

@@ -1,7 +1,7 @@
 """The rows of a batch of users as the tensors that attention reads: the fast twin of decoding and folding each row.
 
-`models.row.whole_cache`, `whole_counts` and `CacheBatch.of` say what the result is, bit for bit; a test holds both
-against each other.
+`models.row.whole_cache`, `whole_counts`, `models.newest.newest_of` and `CacheBatch.of` say what the result is, bit for
+bit; a test holds both against each other.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from models.attention import CacheBatch, padded_counts
 from models.cache_kernels import PLACE, dense_kernel
 from models.count_kernels import count_rows_kernel
 from models.counts import CountPlan
+from models.newest import COLUMNS, newest_kernel
 from models.row import Fold, RowBytes
 from models.row_places import ABSENT, SOUND, RowPlaces, place_rows
 
@@ -51,10 +52,15 @@ class DenseBatch:
         self._mass_BHKR = new(users, spec.heads, spec.codewords, spec.rates, dtype=torch.float32)
         self._mean_BHKRD = new(*self._mass_BHKR.shape, spec.value_width, dtype=torch.float32)
         self._reference_ms_B, self._count_B = new(users, dtype=torch.int64), new(users, dtype=torch.int64)
+        self._newest = {
+            name: new(users, using.newest, dtype=torch.float32 if dtype is np.float32 else torch.int64)
+            for name, dtype in COLUMNS.items()
+        }
         self._unknown_B = np.zeros(users, np.int64)
         # The same memory for the kernel: slices of arrays cost a tenth of slices of tensors.
         tensors = (self._mass_BHKR, self._mean_BHKRD, self._reference_ms_B, self._count_B)
         self._written = [*(tensor.numpy() for tensor in tensors), self._unknown_B]
+        self._newest_written = [tensor.numpy() for tensor in self._newest.values()]
         self.place_B = np.zeros(users, PLACE)
         self.place_B["status"] = ABSENT
         self._counts: list[tuple[np.ndarray, np.ndarray] | None] = [None] * users
@@ -79,6 +85,9 @@ class DenseBatch:
             using.spec.rate_GPR,
             *(array[at] for array in self._written),
         )
+        if using.newest:
+            # After the kernel, which takes items beyond the table for the unknown one.
+            newest_kernel(places.place_B, places.event_N, *(array[at] for array in self._newest_written))
         if using.counting is not None:
             reference_ms_B = self._written[2][at]
             self._counts[at] = _counts(places, reference_ms_B, using.counting, table.cell_MQ)
@@ -94,6 +103,7 @@ class DenseBatch:
             count_B=self._count_B.to(self._device, non_blocking=True),
             present_B=torch.from_numpy(self.place_B["status"] == SOUND).to(self._device),
             **counts,
+            **{f"newest_{name}_BL": each.to(self._device, non_blocking=True) for name, each in self._newest.items()},
         )
         return DenseCaches(caches, self._unknown_B)
 

@@ -31,6 +31,7 @@ def load_ranker(
         actions=len(manifest.actions),
         field_rows=rows,
         counting=manifest.counts,
+        newest_half_life_ms=manifest.newest_half_life_ms,
     )
     try:
         history = new_history(manifest.model, shape)

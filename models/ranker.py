@@ -12,23 +12,35 @@ Shapes: as in `attention`; N items, d model width, V = H * D all value widths, F
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, Integer
+from msgspec import structs
 from torch import nn
 from torch.nn import functional
 
-from models.attention import CacheBatch, Kernel, history_bias, read, read_counts, read_history
+from models.attention import (
+    CacheBatch,
+    history_bias,
+    normed_heads,
+    read,
+    read_counts,
+    read_history,
+    scaled_queries,
+)
 from models.checkpoint import Sizes
 from models.chunked import read_timelines
 from models.codebook import Codebook
 from models.counts import Counter, CountPlan
+from models.item_table import UNKNOWN
 from models.request import PADDING, Request, TimelineBatch
 from models.states import Impressions, Timelines
+from models.temporal import TemporalKernel
+from models.window import Window, newest_before
 
 # Share of item ids hidden in each training batch: a new item then reads as its category, an unknown one as any item,
 # and neither as the noise of an embedding row that was never trained.
@@ -39,13 +51,21 @@ CHUNK = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """All that a ranker is built from: sizes, half-lives (H x R, null: never), actions, rows per item field, counts."""
+    """All that a ranker is built from: sizes, half-lives (H x R, null: never), actions, rows per item field, counts.
+
+    newest_half_life_ms: those of the window over the newest events, for sizes that have one.
+    """
 
     sizes: Sizes
     half_life_ms: list[list[float | None]]
     actions: int
     field_rows: list[int]
     counting: CountPlan | None = None
+    newest_half_life_ms: Sequence[Sequence[float | None]] = ()
+
+    def without_window(self) -> Shape:
+        """All but the window over the newest events."""
+        return replace(self, sizes=structs.replace(self.sizes, newest=0), newest_half_life_ms=())
 
 
 class HistoryReader(Protocol):
@@ -84,31 +104,21 @@ class ItemEncoder(nn.Module):
             feature = torch.where(hidden, 0, feature)
         return self.encode(feature)
 
+    def known(self, item_N: Int64[torch.Tensor, "*N"]) -> Int64[torch.Tensor, "*N"]:
+        """The same items, and the unknown one for those beyond the features: a row may hold what was encoded since."""
+        return torch.where(item_N < len(self.feature_MF), item_N, UNKNOWN)
+
     def encode(self, feature_NF: Int64[torch.Tensor, "*N F"]) -> Float[torch.Tensor, "*N d"]:
         """Vectors from embedding rows: also for items the model has never seen (their id is row 0)."""
         parts = [field(feature_NF[..., f]) for f, field in enumerate(self.fields)]
         return torch.stack(parts).sum(dim=0)
 
 
-class TemporalKernel(nn.Module):
-    """kappa_h(dt) = sum_r a_hr exp(-lambda_hr dt) with learned a > 0 (softplus) and fixed half-lives."""
-
-    rate_HR: torch.Tensor
-
-    def __init__(self, half_life_ms: list[list[float | None]]) -> None:
-        super().__init__()
-        half_life = torch.tensor(
-            [[math.inf if h is None else h for h in row] for row in half_life_ms], dtype=torch.float64
-        )
-        self.register_buffer("rate_HR", math.log(2.0) / half_life, persistent=False)
-        self.raw_HR = nn.Parameter(torch.full(half_life.shape, math.log(math.e - 1.0)))
-
-    def forward(self) -> Kernel:
-        return Kernel(log_weight_HR=functional.softplus(self.raw_HR).log(), rate_HR=self.rate_HR)
-
-
 class VqlHistory(nn.Module):
-    """Attention over the whole history with grouped, quantised keys (VQL, arXiv 2508.17125)."""
+    """Attention over the whole history with grouped, quantised keys (VQL, arXiv 2508.17125).
+
+    Where sizes have one, a window over the newest events adds what it sees (`models.window`).
+    """
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -123,6 +133,10 @@ class VqlHistory(nn.Module):
         self.kernel = TemporalKernel(shape.half_life_ms)
         group_width = sizes.heads // sizes.groups * sizes.key_width
         self.codebook = Codebook(sizes.groups, sizes.codewords, group_width)
+        self.window = Window(sizes, shape.newest_half_life_ms, shape.actions) if sizes.newest else None
+        if self.window is not None:
+            # As the candidate's own projection does, it starts as the values of the history.
+            self.window.value.weight.data.copy_(self.value.weight.data)
 
     def forward(self, candidate_BCd, encoder, request):
         if isinstance(request, TimelineBatch):
@@ -134,6 +148,10 @@ class VqlHistory(nn.Module):
         value_BLHD = _take(self.values(x_Ud), at_BL) + _take(self.action_value_AHD, history.action_BL)
         bias_BHL = history_bias(self.kernel(), history.time_ms_BL, history.weight_BL, request.now_ms_B)
         out_BCHD = read_history(self.queries(candidate_BCd), _take(key_UHE, at_BL), value_BLHD, bias_BHL)
+        if self.window is not None:
+            event_BLd = functional.embedding(at_BL[:, -self.sizes.newest :], x_Ud)
+            newest = history.newest(self.sizes.newest)
+            out_BCHD = out_BCHD + self.window(candidate_BCd, event_BLd, newest, request.now_ms_B)
         return out_BCHD.flatten(2), commitment
 
     def _of_timelines(
@@ -160,23 +178,30 @@ class VqlHistory(nn.Module):
             now_ms_B=batch.now_ms_B,
         )
         out_BCHD = read_timelines(asked, events, self.codewords(), self.kernel(), CHUNK)
+        if self.window is not None:
+            place_BL, newest = newest_before(batch, self.sizes.newest)
+            event_BLd = functional.embedding(at_M[place_BL], x_Ud)
+            out_BCHD = out_BCHD + self.window(candidate_BCd, event_BLd, newest, batch.now_ms_B)
         return out_BCHD.flatten(2), commitment
 
     def from_cache(
-        self, candidate_BCd: torch.Tensor, cache: CacheBatch, now_ms_B: torch.Tensor
+        self, candidate_BCd: torch.Tensor, encoder: ItemEncoder, cache: CacheBatch, now_ms_B: torch.Tensor
     ) -> Float[torch.Tensor, "B C V"]:
-        """The same vector, read from caches instead of the history."""
+        """The same vector, read from caches instead of the history. Raises ValueError as `Window.newest_in`."""
         out_BCHD = read(self.queries(candidate_BCd), self.codewords(), cache, self.kernel(), now_ms_B)
+        if self.window is not None:
+            newest = self.window.newest_in(cache)
+            event_BLd = encoder(encoder.known(newest.item_BL))
+            out_BCHD = out_BCHD + self.window(candidate_BCd, event_BLd, newest, now_ms_B)
         return out_BCHD.flatten(2)
 
     def queries(self, x_BCd: torch.Tensor) -> Float[torch.Tensor, "B C H E"]:
-        """Layer-normed queries, scaled by the temperature (Transformer-VQ) and 1 / sqrt(E)."""
-        query_BCHE = self._heads(self.query(x_BCd))
-        return query_BCHE * (self.log_temperature_H.exp() / math.sqrt(self.sizes.key_width))[:, None]
+        """Layer-normed queries, scaled by the temperature and 1 / sqrt(E)."""
+        return scaled_queries(self.query(x_BCd), self.log_temperature_H)
 
     def keys(self, x_Nd: torch.Tensor) -> Float[torch.Tensor, "N H E"]:
         """Layer-normed keys: a function of static item context alone."""
-        return self._heads(self.key(x_Nd))
+        return normed_heads(self.key(x_Nd), self.sizes.heads)
 
     def values(self, x_Nd: torch.Tensor) -> Float[torch.Tensor, "N H D"]:
         return self.value(x_Nd).unflatten(-1, (self.sizes.heads, self.sizes.value_width))
@@ -197,9 +222,6 @@ class VqlHistory(nn.Module):
 
     def _grouped(self, key_NHE: torch.Tensor) -> torch.Tensor:
         return key_NHE.reshape(len(key_NHE), self.sizes.groups, -1)
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x.unflatten(-1, (self.sizes.heads, self.sizes.key_width)), (self.sizes.key_width,))
 
 
 class Ranker(nn.Module):
@@ -254,7 +276,7 @@ class Ranker(nn.Module):
         if not isinstance(self.history, VqlHistory):
             raise TypeError(f"{type(self.history).__name__} cannot be read from a cache")
         x_BCd = self.encoder(candidate_BC)
-        seen_BCV = self.history.from_cache(x_BCd, cache, now_ms_B)
+        seen_BCV = self.history.from_cache(x_BCd, self.encoder, cache, now_ms_B)
         return self.logits(x_BCd, seen_BCV, self.counts_from_cache(candidate_BC, cache, now_ms_B))
 
     def counts_from_cache(

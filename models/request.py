@@ -31,6 +31,12 @@ class History:
     time_ms_BL: Int64[torch.Tensor, "B L"]
     weight_BL: Float32[torch.Tensor, "B L"]
 
+    @classmethod
+    def empty(cls, users: int) -> History:
+        """No events, and no columns."""
+        none_BL = torch.zeros(users, 0, dtype=torch.int64)
+        return cls(item_BL=none_BL, action_BL=none_BL, time_ms_BL=none_BL, weight_BL=torch.zeros(users, 0))
+
     def newest(self, length: int) -> History:
         """The last `length` events of each user."""
         return History(

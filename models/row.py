@@ -96,12 +96,16 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fold:
-    """What a writer needs of a checkpoint: the sizes, the window W, the item table, and what it counts, if anything."""
+    """What a writer needs of a checkpoint: the sizes, the window W, the item table, and what it counts, if anything.
+
+    newest: of the recent events, how many a ranker attends one by one.
+    """
 
     spec: CacheSpec
     window: int
     table: ItemTable
     counting: CountPlan | None = None
+    newest: int = 0
 
     @property
     def count_spec(self) -> CacheSpec | None:

@@ -1,24 +1,30 @@
 """A ranker as a worker serves it: the same scores as `Ranker.from_cache`, its plain twin, of the items of a table.
 
-What depends on items and parameters alone is made once: every item's query, and how far from 0 a logit can be.
+What depends on items and parameters alone is made once: every item's query, and how far from 0 a logit can be; and for
+the window over the newest events every item's query, gate, key and value.
 
-Shapes: as in `models.ranker`; M items, X = H * E all key widths.
+Shapes: as in `models.ranker`; M items, X = H * E all key widths, V = H * D all value widths.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int64
 
 from models.attention import CacheBatch, entries_at, read_entries
 from models.ranker import Ranker, VqlHistory
+from models.window import Candidates, Window
 
 ITEMS_AT_ONCE = 1 << 16
 ROUNDING = 1.001
 
 
 class ServedRanker:
-    """Scores candidates from caches, as long as the parameters stay as they are. 4 X bytes for each item.
+    """Scores candidates from caches, as long as the parameters stay as they are.
+
+    4 X bytes for each item, and with a window 4 (2 X + V + H) more.
 
     Raises TypeError for a model that reads no cache.
     """
@@ -30,9 +36,8 @@ class ServedRanker:
             raise TypeError(f"{type(history).__name__} cannot be read from a cache")
         self.ranker = ranker
         self._heads = (history.sizes.heads, history.sizes.key_width)
-        item_1M = torch.arange(len(ranker.encoder.feature_MF), device=ranker.encoder.feature_MF.device)[None]
-        parts = item_1M.split(ITEMS_AT_ONCE, dim=1)
-        self._query_MX = torch.cat([history.queries(ranker.encoder(item_1N))[0].flatten(1) for item_1N in parts])
+        self._query_MX = of_items(ranker, lambda x_1Nd: history.queries(x_1Nd).flatten(2))
+        self._window = None if history.window is None else ServedWindow(ranker, history.window)
         self._codeword_HKE, self._kernel = history.codewords().contiguous(), history.kernel()
         # A layer-normed query is, before it is scaled, no longer than the square root of its width.
         reach_H = history.log_temperature_H.exp() * self._codeword_HKE.norm(dim=-1).amax(dim=-1)
@@ -46,5 +51,39 @@ class ServedRanker:
         query_BCHE = query_NX.view(*candidate_BC.shape, *self._heads)
         entries = entries_at(cache, self._kernel, now_ms_B)
         seen_BCHD = read_entries(query_BCHE, self._codeword_HKE, entries, self.reach)
+        if self._window is not None:
+            seen_BCHD = seen_BCHD + self._window.read(candidate_BC, cache, now_ms_B)
         counts = self.ranker.counts_from_cache(candidate_BC, cache, now_ms_B)
         return self.ranker.logits(self.ranker.encoder(candidate_BC), seen_BCHD.flatten(2), counts)
+
+
+class ServedWindow:
+    """A window over the newest events, of the items of a table."""
+
+    def __init__(self, ranker: Ranker, window: Window) -> None:
+        self._window, self._encoder = window, ranker.encoder
+        self._query_MX = of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).query_BCHE.flatten(2))
+        self._gate_MH = of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).gate_BCH)
+        self._key_MX = of_items(ranker, lambda x_1Nd: window.keys(x_1Nd).flatten(2))
+        self._value_MV = of_items(ranker, lambda x_1Nd: window.values(x_1Nd).flatten(2))
+
+    def read(
+        self, candidate_BC: Int64[torch.Tensor, "B C"], cache: CacheBatch, now_ms_B: Int64[torch.Tensor, "B"]
+    ) -> Float[torch.Tensor, "B C H D"]:
+        """What is added for each candidate. Raises ValueError as `Window.newest_in`."""
+        newest = self._window.newest_in(cache)
+        item_BL, heads = self._encoder.known(newest.item_BL), (self._window.sizes.heads, -1)
+        asked = Candidates(_rows(self._query_MX, candidate_BC).unflatten(-1, heads), _rows(self._gate_MH, candidate_BC))
+        key_BLHE = _rows(self._key_MX, item_BL).unflatten(-1, heads)
+        value_BLHD = _rows(self._value_MV, item_BL).unflatten(-1, heads)
+        return self._window.read(asked, key_BLHE, value_BLHD, newest, now_ms_B)
+
+
+def of_items(ranker: Ranker, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """What `make` makes of the vectors (1 N d to 1 N ...) of all items of the ranker's table, some at a time."""
+    item_1M = torch.arange(len(ranker.encoder.feature_MF), device=ranker.encoder.feature_MF.device)[None]
+    return torch.cat([make(ranker.encoder(item_1N))[0] for item_1N in item_1M.split(ITEMS_AT_ONCE, dim=1)])
+
+
+def _rows(table_MX: torch.Tensor, at_BN: torch.Tensor) -> torch.Tensor:
+    return table_MX.index_select(0, at_BN.flatten()).view(*at_BN.shape, -1)

@@ -68,6 +68,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     actions: list[str]
     field_rows: list[int]
     counts: CountPlan | None = None
+    newest_half_life_ms: list[list[float | None]] = []
     length: int = 512
     epochs: int = 1
     batch: int = 32
@@ -154,6 +155,7 @@ def new_ranker(plan: TrainPlan) -> Ranker:
         actions=len(plan.actions),
         field_rows=plan.field_rows,
         counting=plan.counts,
+        newest_half_life_ms=plan.newest_half_life_ms,
     )
     features = torch.from_numpy(np.load(Path(plan.examples) / FEATURES))
     cell_MQ = None if plan.counts is None else np.load(Path(plan.work) / CELLS)

@@ -22,13 +22,13 @@ COUNTS = CountPlan(fields=["item_id"], half_life_ms=[float(HOUR_MS), None])
 
 
 def small_checkpoint(
-    path: Path, *, window: int = 4, seed: int = 0, rates: int = 1, counts: CountPlan | None = None
+    path: Path, *, window: int = 4, newest: int = 0, seed: int = 0, rates: int = 1, counts: CountPlan | None = None
 ) -> Checkpoint:
     """A checkpoint of 4 heads in 2 groups of 8 codewords, with a table of the unknown item and ITEMS items.
 
     counts: what it counts, of item_id alone.
     """
-    sizes = Sizes(width=8, heads=4, groups=2, codewords=8, key_width=4, value_width=3, window=window)
+    sizes = Sizes(width=8, heads=4, groups=2, codewords=8, key_width=4, value_width=3, window=window, newest=newest)
     half_lives: list[list[float | None]] = [
         [float(HOUR_MS) * 2**r for r in range(rates)],
         [24.0 * HOUR_MS * 2**r for r in range(rates)],

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import torch
 
 from jobs.encode_items import encode_table
-from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, write_checkpoint
+from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, Sizes, write_checkpoint
 from models.counts import CountPlan
 from models.item_table import append_segments
 from models.ranker import Ranker, Shape, VqlHistory
@@ -22,26 +22,31 @@ HALF_LIVES: list[list[float | None]] = [[float(HOUR_MS)], [24.0 * HOUR_MS], [168
 COUNTS = CountPlan(fields=["category", "item_id"], half_life_ms=[24.0 * HOUR_MS, None])
 
 
-def scoring_checkpoint(path: Path, seed: int = 5, counts: CountPlan | None = None) -> Checkpoint:
+def scoring_checkpoint(path: Path, seed: int = 5, counts: CountPlan | None = None, sizes: Sizes = SIZES) -> Checkpoint:
     """Items i1 to i40 of four categories; random parameters, so every part of a score counts."""
     torch.manual_seed(seed)
+    newest_lives = HALF_LIVES if sizes.newest else []
     shape = Shape(
-        sizes=SIZES,
+        sizes=sizes,
         half_life_ms=HALF_LIVES,
         actions=len(ACTIONS),
         field_rows=[ITEMS + 1, CATEGORIES + 1],
         counting=counts,
+        newest_half_life_ms=newest_lives,
     )
     history, cells = VqlHistory(shape), None if counts is None else cell_table(counts)
     ranker = Ranker(shape, torch.from_numpy(feature_table()), history, cells).eval()
     torch.nn.init.normal_(history.action_value_AHD)
+    if history.window is not None:
+        torch.nn.init.normal_(history.window.action_value_AHD)
     keys = history.keys(ranker.encoder(torch.arange(ITEMS + 1))).detach()
-    history.codebook.start(keys.reshape(len(keys), SIZES.groups, -1), torch.Generator().manual_seed(0))
+    history.codebook.start(keys.reshape(len(keys), sizes.groups, -1), torch.Generator().manual_seed(0))
     item_ids = [f"i{n}" for n in range(1, ITEMS + 1)]
     manifest = Manifest(
         model="vql",
-        sizes=SIZES,
+        sizes=sizes,
         half_life_ms=HALF_LIVES,
+        newest_half_life_ms=newest_lives,
         actions=ACTIONS,
         fields=["item_id", "category"],
         training={},

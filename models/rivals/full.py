@@ -16,7 +16,7 @@ class FullHistory(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.attention = VqlHistory(shape)
+        self.attention = VqlHistory(shape.without_window())
 
     @property
     def value(self) -> nn.Linear:

@@ -15,6 +15,7 @@ from models.count_kernels import BEYOND
 from models.dense_caches import dense_caches, placed
 from models.errors import ForeignRowError, WireError
 from models.item_table import UNKNOWN
+from models.newest import newest_of
 from models.row import Fold, Row, RowBytes, advance, decode_row, encode_row, new_row, whole_cache, whole_counts
 from models.row_places import ABSENT, DAMAGED, FOREIGN, SOUND, stamps
 from models.wire import Stamp, encode_recent, pack_recent
@@ -49,9 +50,9 @@ def random_row(checkpoint: Checkpoint, using: Fold, events: int, seed: int) -> R
 
 def plain(rows: list[RowBytes | None], using: Fold) -> tuple[CacheBatch, list[int]]:
     """The obvious way: a user at a time."""
-    caches, counts, statuses = [], [], []
+    caches, counts, sound, statuses = [], [], [], []
     for data in rows:
-        cache, counted, status = None, None, ABSENT
+        cache, counted, row, status = None, None, None, ABSENT
         if data is not None:
             try:
                 row = decode_row(data, using.spec)
@@ -62,8 +63,9 @@ def plain(rows: list[RowBytes | None], using: Fold) -> tuple[CacheBatch, list[in
                 status = DAMAGED
         caches.append(cache)
         counts.append(counted)
+        sound.append(row)
         statuses.append(status)
-    return CacheBatch.of(using.spec, caches, counts), statuses
+    return CacheBatch.of(using.spec, caches, counts, newest_of(sound, using)), statuses
 
 
 def assert_same(a: CacheBatch, b: CacheBatch) -> None:
@@ -87,9 +89,9 @@ def assert_as_plain(rows: list[RowBytes | None], using: Fold) -> list[int]:
 
 @pytest.mark.parametrize("counts", [None, COUNTS])
 @pytest.mark.parametrize("rates", [1, 3])
-@pytest.mark.parametrize("window", [0, 4, 64])
-def test_every_row_comes_out_as_decoded_and_folded_by_itself(tmp_path: Path, window: int, rates: int, counts) -> None:
-    checkpoint = small_checkpoint(tmp_path / "c", window=window, rates=rates, counts=counts)
+@pytest.mark.parametrize(("window", "newest"), [(0, 0), (4, 0), (4, 3), (64, 64)])
+def test_every_row_comes_out_as_decoded_and_folded_by_itself(tmp_path, window, newest, rates, counts) -> None:
+    checkpoint = small_checkpoint(tmp_path / "c", window=window, newest=newest, rates=rates, counts=counts)
     using = checkpoint.fold()
     rows = [encode_row(random_row(checkpoint, using, events, events)) for events in (0, 1, 3, 5, 9, 60, 300, 127)]
     assert assert_as_plain([None, *rows, None, rows[-1]], using) == [ABSENT, *[SOUND] * 8, ABSENT, SOUND]
@@ -101,9 +103,10 @@ def test_a_batch_of_nobody_is_empty(checkpoint: Checkpoint) -> None:
     assert_as_plain([None, None], using)
 
 
-@pytest.fixture(params=[None, COUNTS], ids=["", "counts"])
+@pytest.fixture(params=[(None, 0), (COUNTS, 0), (None, 3)], ids=["", "counts", "newest"])
 def checkpoint(tmp_path: Path, request: pytest.FixtureRequest) -> Checkpoint:
-    return small_checkpoint(tmp_path / "c", counts=request.param)
+    counts, newest = request.param
+    return small_checkpoint(tmp_path / "c", counts=counts, newest=newest)
 
 
 def flipped(data: bytes, bit: int) -> bytes:
@@ -126,6 +129,7 @@ def test_a_flipped_bit_in_one_of_a_hundred_rows_masks_that_user_and_no_other(che
         assert places.place_B["status"][hit] == DAMAGED
         assert not caches.present_B[hit]
         assert not caches.mass_BHKR[hit].any()
+        assert not caches.newest_weight_BL[hit].any()
         others = [b for b in range(len(rows)) if b != hit]
         assert_same(without_padding(caches.take(others)), without_padding(sound.take(others)))
 

@@ -1,15 +1,17 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
+from msgspec import structs
+from torch.nn.functional import pad
 
 from models.attention import CacheBatch, read_counts
 from models.cache import CacheSpec, EncodedEvents, empty, fold
 from models.counts import CountedEvents, CountPlan
 from models.counts import fold as fold_counts
 from models.ranker import Ranker, Shape, VqlHistory, loss
-from models.request import collate, collate_timelines, counted
+from models.request import History, collate, collate_timelines, counted
 from models.rivals import HISTORIES
 from models.timelines import impressions_of, timeline_files, timelines_of
 from tests.small import HOUR_MS
@@ -21,17 +23,26 @@ LIVES: dict[int, list[list[float | None]]] = {
 }
 
 
+# Of the window over the newest events.
+WINDOW_LIVES: list[list[float | None]] = [
+    [2.0 * HOUR_MS, None],
+    [6.0 * HOUR_MS, 1.0],
+    [24.0 * HOUR_MS, 9e9],
+    [None, 5.0],
+]
 COUNTING = CountPlan(fields=["item_id", "category"], half_life_ms=[float(HOUR_MS), None])
 
 
-def new_ranker(model: str = "vql", rates: int = 1, counting: CountPlan | None = None) -> Ranker:
+def new_ranker(model: str = "vql", rates: int = 1, counting: CountPlan | None = None, newest: int = 0) -> Ranker:
+    """newest: the events of its window."""
     torch.manual_seed(3)
     shape = Shape(
-        sizes=SIZES,
+        sizes=structs.replace(SIZES, window=64, newest=newest),
         half_life_ms=LIVES[rates],
         actions=2,
         field_rows=[ITEMS + 1, CATEGORIES + 1],
         counting=counting,
+        newest_half_life_ms=WINDOW_LIVES,
     )
     cells = None if counting is None else cell_table(counting)
     ranker = Ranker(shape, torch.from_numpy(feature_table()), HISTORIES[model](shape), cells).eval()
@@ -39,6 +50,8 @@ def new_ranker(model: str = "vql", rates: int = 1, counting: CountPlan | None = 
         keys = ranker.history.keys(ranker.encoder(torch.arange(ITEMS + 1)))
         ranker.history.codebook.start(keys.reshape(len(keys), SIZES.groups, -1), torch.Generator().manual_seed(0))
         torch.nn.init.normal_(ranker.history.action_value_AHD)
+        if ranker.history.window is not None:
+            torch.nn.init.normal_(ranker.history.window.action_value_AHD)
     return ranker
 
 
@@ -76,27 +89,36 @@ def caches_of(ranker: Ranker, batch, rates: int) -> CacheBatch:
                 cell_NQ=cell_table(ranker.counting)[i.item_L], time_ms_N=i.time_ms_L, weight_N=i.weight_L
             )
             counts.append(fold_counts(empty(ranker.counting.spec(spec.checkpoint_id)), counted))
-    return CacheBatch.of(spec, caches, counts or None)
+    newest = collate(batch, history.sizes.newest).history if history.sizes.newest else None
+    return CacheBatch.of(spec, caches, counts or None, newest and widened(newest, history.sizes.newest))
 
 
+def widened(history: History, length: int) -> History:
+    """With so many columns, by more padding on the left."""
+    columns = {field.name: getattr(history, field.name) for field in fields(history)}
+    return History(**{name: pad(column, (length - column.shape[1], 0)) for name, column in columns.items()})
+
+
+@pytest.mark.parametrize("newest", [0, 7, 50])
 @pytest.mark.parametrize("counting", [None, COUNTING])
 @pytest.mark.parametrize("rates", [1, 2])
 @torch.inference_mode()
-def test_the_serving_form_scores_as_the_training_form(tmp_path, rates, counting):
-    ranker, batch = new_ranker(rates=rates, counting=counting), impressions(tmp_path)[:50]
+def test_the_serving_form_scores_as_the_training_form(tmp_path, rates, counting, newest):
+    ranker, batch = new_ranker(rates=rates, counting=counting, newest=newest), impressions(tmp_path)[:50]
     request = collate(batch, counts=counted(batch, ranker.counter))
     raw, _ = ranker(request)
     cached = ranker.from_cache(request.candidate_BC, caches_of(ranker, batch, rates), request.now_ms_B)
     torch.testing.assert_close(cached, raw, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("newest", [0, 7, 50])
 @pytest.mark.parametrize("counting", [None, COUNTING])
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 @pytest.mark.parametrize("rates", [1, 2])
 @torch.inference_mode()
-def test_the_serving_form_scores_as_training_over_timelines(tmp_path, monkeypatch, rates, chunk, counting):
+def test_the_serving_form_scores_as_training_over_timelines(tmp_path, monkeypatch, rates, chunk, counting, newest):
     monkeypatch.setattr("models.ranker.CHUNK", chunk)
-    ranker = new_ranker(rates=rates, counting=counting)
+    ranker = new_ranker(rates=rates, counting=counting, newest=newest)
     timelines = timelines_of(timeline_files(write_small_examples(tmp_path))[0])
     shared = collate_timelines(timelines, counted(timelines, ranker.counter))
     trained, _ = ranker(shared)
@@ -107,13 +129,14 @@ def test_the_serving_form_scores_as_training_over_timelines(tmp_path, monkeypatc
     assert (one_short - cached).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("newest", [0, 7])
 @pytest.mark.parametrize("chunk", [1, 3, 64])
-def test_timelines_have_the_gradients_of_raw_histories(tmp_path, monkeypatch, chunk):
+def test_timelines_have_the_gradients_of_raw_histories(tmp_path, monkeypatch, chunk, newest):
     monkeypatch.setattr("models.ranker.CHUNK", chunk)
     timelines = timelines_of(timeline_files(write_small_examples(tmp_path))[0])
     found = []
     for request in (collate_timelines(timelines), collate([i for t in timelines for i in t.impressions()])):
-        ranker = new_ranker(rates=2)
+        ranker = new_ranker(rates=2, newest=newest)
         logit, _ = ranker(request)
         loss(logit, request.label_BC).backward()
         found.append({name: p.grad.to_dense() for name, p in ranker.named_parameters() if p.grad is not None})
@@ -171,28 +194,30 @@ def test_scores_depend_on_the_history_and_not_on_its_order(tmp_path):
 @torch.inference_mode()
 def test_padding_changes_no_score(tmp_path):
     for model in HISTORIES:
-        ranker, batch = new_ranker(model), impressions(tmp_path)[:8]
+        ranker, batch = new_ranker(model, newest=7), impressions(tmp_path)[:8]
         together = ranker(collate(batch))[0]
         alone = torch.cat([ranker(collate([i]))[0] for i in batch])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_reach_keys_values_kernel_and_temperature(tmp_path):
-    ranker = new_ranker(rates=2).train()
+    ranker = new_ranker(rates=2, newest=7).train()
     request = collate(impressions(tmp_path)[:32])
     logit, commitment = ranker(request)
     (loss(logit, request.label_BC) + commitment).backward()
-    history = ranker.history
-    for parameter in (
-        history.key.weight,
-        history.query.weight,
-        history.value.weight,
-        history.action_value_AHD,
-        history.log_temperature_H,
-        history.kernel.raw_HR,
-    ):
-        assert parameter.grad is not None
-        assert parameter.grad.abs().max() > 0
+    for branch in (ranker.history, ranker.history.window):
+        for parameter in (
+            branch.key.weight,
+            branch.query.weight,
+            branch.value.weight,
+            branch.action_value_AHD,
+            branch.log_temperature_H,
+            branch.kernel.raw_HR,
+        ):
+            assert parameter.grad is not None
+            assert parameter.grad.abs().max() > 0
+    assert ranker.history.window.gate.weight.grad.abs().max() > 0
+    assert ranker.history.window.gate.bias.grad.abs().max() > 0
 
 
 def test_a_rival_has_no_cache_to_read(tmp_path):

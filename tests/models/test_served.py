@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,15 +23,17 @@ def scored_both_ways(ranker: Ranker, rates: int, folder) -> tuple[torch.Tensor, 
     with torch.inference_mode():
         caches = caches_of(ranker, batch, rates)
         caches.mass_BHKR[0] = 0
+        caches.newest_weight_BL[0] = 0
         asked = (request.candidate_BC, caches, request.now_ms_B)
         return ServedRanker(ranker).from_cache(*asked), ranker.from_cache(*asked)
 
 
+@pytest.mark.parametrize("newest", [0, 7])
 @pytest.mark.parametrize("counting", [None, COUNTING])
 @pytest.mark.parametrize("rates", [1, 2])
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
-def test_it_scores_as_the_plain_form(tmp_path, rates, temperature, counting):
-    ranker = new_ranker(rates=rates, counting=counting)
+def test_it_scores_as_the_plain_form(tmp_path, rates, temperature, counting, newest):
+    ranker = new_ranker(rates=rates, counting=counting, newest=newest)
     torch.nn.init.constant_(ranker.history.log_temperature_H, math.log(temperature))
     found, wanted = scored_both_ways(ranker, rates, tmp_path)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
@@ -39,14 +42,15 @@ def test_it_scores_as_the_plain_form(tmp_path, rates, temperature, counting):
 
 def test_queries_of_many_items_are_made_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(served, "ITEMS_AT_ONCE", 7)
-    found, wanted = scored_both_ways(new_ranker(), 1, tmp_path)
+    found, wanted = scored_both_ways(new_ranker(newest=7), 1, tmp_path)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("newest", [0, 7])
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
 @torch.inference_mode()
-def test_means_of_half_precision_are_read_at_any_temperature(tmp_path, temperature):
-    ranker, batch = new_ranker(), impressions(tmp_path)[:8]
+def test_means_of_half_precision_are_read_at_any_temperature(tmp_path, temperature, newest):
+    ranker, batch = new_ranker(newest=newest), impressions(tmp_path)[:8]
     torch.nn.init.constant_(ranker.history.log_temperature_H, math.log(temperature))
     request, caches = collate(batch), caches_of(ranker, batch, 1)
     found, wanted = (
@@ -67,6 +71,29 @@ def test_no_logit_is_beyond_the_reach(tmp_path):
     reach = ServedRanker(ranker).reach
     assert largest <= reach < REACH_MAX
     assert reach < 2 * query_MHE.norm(dim=-1).max() * ranker.history.codewords().norm(dim=-1).max()
+
+
+@torch.inference_mode()
+def test_a_newest_event_whose_item_was_encoded_after_the_ranker_was_loaded_is_of_the_unknown_item(tmp_path):
+    ranker, batch = new_ranker(newest=7), impressions(tmp_path)[:8]
+    request, caches = collate(batch), caches_of(ranker, batch, 1)
+    for at_1L, item in ((slice(-1, None), 0), (slice(-2, -1), 3)):
+        beyond, named = caches.newest_item_BL.clone(), caches.newest_item_BL.clone()
+        beyond[:, at_1L], named[:, at_1L] = len(ranker.encoder.feature_MF), item
+        asked = [replace(caches, newest_item_BL=item_BL) for item_BL in (beyond, named)]
+        for form in (ranker, ServedRanker(ranker)):
+            a, b = (form.from_cache(request.candidate_BC, each, request.now_ms_B) for each in asked)
+            assert torch.equal(a, b) == (item == 0)
+
+
+@torch.inference_mode()
+def test_caches_for_a_window_of_another_size_are_refused(tmp_path):
+    batch = impressions(tmp_path)[:2]
+    request, caches = collate(batch), caches_of(new_ranker(newest=4), batch, 1)
+    ranker = new_ranker(newest=7)
+    for form in (ranker, ServedRanker(ranker)):
+        with pytest.raises(ValueError, match="newest 4 events for a window over 7"):
+            form.from_cache(request.candidate_BC, caches, request.now_ms_B)
 
 
 def test_a_rival_cannot_be_served():
