@@ -161,7 +161,7 @@ def _write(data: Purchases, plan: ExamplePlan, out: Path) -> Path:
 
 
 def _plan(bench: CountsBench, data: Purchases, side: str, examples: Path, seed: int) -> TrainPlan:
-    """A training by the defaults of `vql train`, with what it counts in its folder."""
+    """A training by the defaults of `vql train`, but for the window; with what it counts in its folder."""
     model, counts = SIDES[side]
     work = examples.with_name(f"{examples.name}-{side}-{bench.length}-{seed}")
     if counts is not None:
@@ -172,7 +172,7 @@ def _plan(bench: CountsBench, data: Purchases, side: str, examples: Path, seed: 
         model=model,
         examples=str(examples),
         work=str(work),
-        sizes=usual.sizes,
+        sizes=msgspec.structs.replace(usual.sizes, newest=0),
         half_life_ms=[list(head) for head in usual.half_life_ms],
         actions=ACTIONS,
         field_rows=[len(values) + 1 for values in data.vocabulary.fields.values()],

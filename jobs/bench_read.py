@@ -35,6 +35,7 @@ from models.attention import CacheBatch
 from models.checkpoint import Checkpoint, Sizes
 from models.dense_caches import dense_caches, placed
 from models.errors import VqlError
+from models.newest import newest_of
 from models.row import Fold, Row, RowBytes, decode_row, whole_cache
 
 BATCHES = (1, 10, 100, 500)
@@ -163,7 +164,7 @@ def _plain_tensors(served: Mapping[str, Any], using: Fold) -> CacheBatch:
     """What Feast answers as tensors, a row at a time."""
     pairs = zip(served["folded"], served["recent"], strict=True)
     rows = [decode_row(RowBytes(folded=folded, recent=recent), using.spec) for folded, recent in pairs]
-    return CacheBatch.of(using.spec, [whole_cache(row, using) for row in rows])
+    return CacheBatch.of(using.spec, [whole_cache(row, using) for row in rows], newest=newest_of(rows, using))
 
 
 def _feast(state: Path, checkpoint_id: str) -> Callable[[Sequence[str]], Any]:
@@ -245,7 +246,8 @@ def _require_equal(reader: Reader, rows: Mapping[str, Row]) -> int:
     """How many users were compared. Raises VqlError for a read that is not what their rows say one by one."""
     user_ids = list(rows)[:COMPARED_USERS]
     read = reader.read(user_ids)
-    plain = CacheBatch.of(reader.fold.spec, [whole_cache(rows[user_id], reader.fold) for user_id in user_ids])
+    asked, using = [rows[user_id] for user_id in user_ids], reader.fold
+    plain = CacheBatch.of(using.spec, [whole_cache(row, using) for row in asked], newest=newest_of(asked, using))
     if not all(torch.equal(getattr(read.caches, name), getattr(plain, name)) for name in CacheBatch.__slots__):
         raise VqlError("a read of a batch differs from its rows decoded one by one: one of them is wrong")
     return len(user_ids)

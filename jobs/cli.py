@@ -168,6 +168,14 @@ def train(
     groups: Annotated[int, typer.Option(min=1, help="Groups of heads, each with a codebook.")] = 4,
     codewords: Annotated[int, typer.Option(min=2, help="Codewords of each group.")] = 256,
     window: Annotated[int, typer.Option(min=0, help="W: recent events kept raw in a row, at most 2 W.")] = 64,
+    newest: Annotated[
+        int | None,
+        typer.Option(min=0, help="Newest of these, which vql also attends one by one; absent: 50, W if that is less."),
+    ] = None,
+    newest_half_life: Annotated[
+        list[str],
+        typer.Option(help="Of the newest, as --half-life has them. Absent: 1h, 6h, 1d, 7d by turns."),
+    ] = [],
     length: Annotated[
         int, typer.Option(min=1, help="Newest events for exact attention: all that rivals see; vql, in its first half.")
     ] = 512,
@@ -189,23 +197,28 @@ def train(
     from jobs.baskets import ExamplePlan
     from jobs.spark import open_spark
     from jobs.train import (
+        NEWEST,
         TrainJob,
         check_job,
         counted_fields,
         parse_counts,
         parse_delay_ms,
         parse_half_lives,
+        parse_newest_half_lives,
         run_training,
     )
     from models.checkpoint import Sizes
 
     half_lives = parse_half_lives(half_life)
+    numbers = {"groups": groups, "codewords": codewords, "window": window}
+    numbers["newest"] = min(NEWEST, window) if newest is None else newest
     job = TrainJob(
         log=str(log),
         fields=tuple(field),
         model=model,
-        sizes=_sizes(Sizes, heads=len(half_lives), groups=groups, codewords=codewords, window=window),
+        sizes=_sizes(Sizes, heads=len(half_lives), **numbers),
         half_life_ms=half_lives,
+        newest_half_life_ms=parse_newest_half_lives(newest_half_life, len(half_lives)),
         counts=None if no_counts else parse_counts(counted_fields(model, count, field), count_half_life),
         examples=ExamplePlan(per_user=per_user, seed=seed, serving_delay_ms=parse_delay_ms(serving_delay)),
         length=length,

@@ -31,7 +31,8 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each model.")] = 3,
     reference: Annotated[str, typer.Option(help="The model that differences are taken from.")] = "vql",
     ablate: Annotated[
-        str, typer.Option(help="Also vql with less: groups, codewords, kernel, counts, context; commas between.")
+        str,
+        typer.Option(help="Also vql with less: groups,codewords,kernel,counts,context,window; commas between."),
     ] = "",
     ladder: Annotated[
         str, typer.Option(help="Ask the trained models at these lengths too, as 20,200,2000; commas between.")
@@ -41,6 +42,8 @@ def evaluate(
     test_per_user: Annotated[int, typer.Option(min=1, help="Held-out impressions per user at most.")] = 4,
     holdout: Annotated[float, typer.Option(help="The newest share of the events, on which nothing is trained.")] = 0.15,
     half_life: Annotated[list[str], typer.Option(help="As vql train has it.")] = ["1d", "7d", "28d", "never"],
+    newest: Annotated[int, typer.Option(min=0, max=64, help="As vql train has it; 0: no window over the newest.")] = 50,
+    newest_half_life: Annotated[list[str], typer.Option(help="As vql train has it.")] = [],
     count: Annotated[
         list[str],
         typer.Option(help="As vql train has it: what vql counts in its rows, and a model with +counts exactly."),
@@ -66,8 +69,10 @@ def evaluate(
     from jobs.study.plan import Study, check_study
     from jobs.study.report import markdown, title, write_html
     from jobs.study.run import run_study
-    from jobs.train import counted_fields, parse_counts, parse_half_lives
+    from jobs.train import counted_fields, parse_counts, parse_half_lives, parse_newest_half_lives
+    from models.checkpoint import Sizes
 
+    half_lives = parse_half_lives(half_life)
     published = DATASETS[choice("--data", data, tuple(DATASETS))]
     study = Study(
         data=data,
@@ -82,7 +87,9 @@ def evaluate(
         per_user=per_user,
         test_per_user=test_per_user,
         epochs=epochs,
-        half_life_ms=parse_half_lives(half_life),
+        sizes=Sizes(newest=newest),
+        half_life_ms=half_lives,
+        newest_half_life_ms=parse_newest_half_lives(newest_half_life, len(half_lives)),
         counts=None if no_counts else parse_counts(counted_fields("vql", count, published.fields), count_half_life),
     )
     check_study(study)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,13 +50,14 @@ def _facts(opened: Checkpoint, row_bytes: int | None) -> None:
         "model": manifest.model,
         "heads, groups, codewords": f"{sizes.heads}, {sizes.groups}, {sizes.codewords}",
         "widths: model, key, value": f"{sizes.width}, {sizes.key_width}, {sizes.value_width}",
-        "half-lives by head, days": "  ".join(
-            ",".join("never" if h is None else f"{h / 86_400_000:g}" for h in head) for head in manifest.half_life_ms
-        ),
+        "half-lives by head, days": _days(manifest.half_life_ms),
         "window of recent events": str(sizes.window),
+        "newest events attended one by one": str(sizes.newest),
         "actions": ", ".join(manifest.actions),
         "item fields": ", ".join(manifest.fields),
     }
+    if manifest.newest_half_life_ms:
+        facts["their half-lives by head, days"] = _days(manifest.newest_half_life_ms)
     facts |= {f"training: {name}": str(value) for name, value in manifest.training.items()}
     facts |= {name: f"{value:g}" for name, value in manifest.metrics.items()}
     if row_bytes is not None:
@@ -64,6 +66,10 @@ def _facts(opened: Checkpoint, row_bytes: int | None) -> None:
     for name, value in facts.items():
         table.add_row(name, value)
     out.print(table)
+
+
+def _days(half_life_ms: Sequence[Sequence[float | None]]) -> str:
+    return "  ".join(",".join("never" if h is None else f"{h / 86_400_000:.4g}" for h in head) for head in half_life_ms)
 
 
 def _diagnostics(found: Diagnostics) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from models.files import replace_file
 from models.row import Row, encode_row
 from models.wire import RECENT, Stamp, encode_folded
 
-# The learned weights of the kernel's exponentials, before softplus (models.temporal.TemporalKernel).
-KERNEL = "history.kernel.raw_HR"
+# The learned weights of the kernels' exponentials, before softplus (models.temporal.TemporalKernel).
+KERNEL, NEWEST_KERNEL = "history.kernel.raw_HR", "history.window.kernel.raw_HR"
 DAY_MS = 86_400_000
 AGES_DAYS = np.geomspace(1 / 1440, 365, 200)
 
@@ -65,13 +66,22 @@ def _kernels(checkpoint: Checkpoint, axes: Axes) -> None:
     if KERNEL not in tensors:
         axes.set_title(f"{checkpoint.manifest.model} has no temporal kernel")
         return
-    weight_HR = np.logaddexp(0, tensors[KERNEL].astype(np.float64))
-    decay_AHR = np.exp(-checkpoint.spec.rate_HR * (AGES_DAYS * DAY_MS)[:, None, None])
-    kappa_AH = (weight_HR * decay_AHR).sum(axis=-1) / weight_HR.sum(axis=-1)
-    for h, half_lives in enumerate(checkpoint.manifest.half_life_ms):
-        named = ", ".join("never" if h is None else f"{h / DAY_MS:g} d" for h in half_lives)
-        axes.plot(AGES_DAYS, kappa_AH[:, h], label=f"head {h}: {named}")
+    manifest = checkpoint.manifest
+    _kernel(axes, tensors[KERNEL], manifest.half_life_ms, "-", "head")
+    if NEWEST_KERNEL in tensors:
+        _kernel(axes, tensors[NEWEST_KERNEL], manifest.newest_half_life_ms, "--", "newest, head")
     axes.legend(fontsize="small")
+
+
+def _kernel(
+    axes: Axes, raw_HR: np.ndarray, half_life_ms: Sequence[Sequence[float | None]], line: str, what: str
+) -> None:
+    weight_HR = np.logaddexp(0, raw_HR.astype(np.float64))
+    half_life_HR = np.array([[np.inf if life is None else life for life in head] for head in half_life_ms])
+    kappa_AH = (weight_HR * 0.5 ** ((AGES_DAYS * DAY_MS)[:, None, None] / half_life_HR)).sum(axis=-1)
+    for h, half_lives in enumerate(half_life_ms):
+        named = ", ".join("never" if life is None else f"{life / DAY_MS:.3g} d" for life in half_lives)
+        axes.plot(AGES_DAYS, kappa_AH[:, h] / weight_HR[h].sum(), line, label=f"{what} {h}: {named}")
 
 
 def _attention(checkpoint: Checkpoint, axes: Axes) -> None:

@@ -8,14 +8,15 @@ Shapes: as in `models.ranker`; M items, X = H * E all key widths, V = H * D all 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int64
 
-from models.attention import CacheBatch, entries_at, read_entries
+from models.attention import CacheBatch, Entries, entries_at, log_weights, read_entries
 from models.ranker import Ranker, VqlHistory
-from models.window import Candidates, Window
+from models.window import Window
 
 ITEMS_AT_ONCE = 1 << 16
 ROUNDING = 1.001
@@ -66,6 +67,9 @@ class ServedWindow:
         self._gate_MH = of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).gate_BCH)
         self._key_MX = of_items(ranker, lambda x_1Nd: window.keys(x_1Nd).flatten(2))
         self._value_MV = of_items(ranker, lambda x_1Nd: window.values(x_1Nd).flatten(2))
+        self._kernel = window.kernel()
+        # Keys are layer-normed too.
+        self.reach = ROUNDING * float(window.log_temperature_H.exp().max()) * math.sqrt(window.sizes.key_width)
 
     def read(
         self, candidate_BC: Int64[torch.Tensor, "B C"], cache: CacheBatch, now_ms_B: Int64[torch.Tensor, "B"]
@@ -73,10 +77,13 @@ class ServedWindow:
         """What is added for each candidate. Raises ValueError as `Window.newest_in`."""
         newest = self._window.newest_in(cache)
         item_BL, heads = self._encoder.known(newest.item_BL), (self._window.sizes.heads, -1)
-        asked = Candidates(_rows(self._query_MX, candidate_BC).unflatten(-1, heads), _rows(self._gate_MH, candidate_BC))
-        key_BLHE = _rows(self._key_MX, item_BL).unflatten(-1, heads)
-        value_BLHD = _rows(self._value_MV, item_BL).unflatten(-1, heads)
-        return self._window.read(asked, key_BLHE, value_BLHD, newest, now_ms_B)
+        value_BLHD = self._window.with_actions(_rows(self._value_MV, item_BL).unflatten(-1, heads), newest)
+        entries = Entries(
+            log_weights(self._kernel, newest.time_ms_BL, newest.weight_BL, now_ms_B), value_BLHD.transpose(1, 2)
+        )
+        query_BCHE = _rows(self._query_MX, candidate_BC).unflatten(-1, heads)
+        key_BHLE = _rows(self._key_MX, item_BL).unflatten(-1, heads).transpose(1, 2)
+        return _rows(self._gate_MH, candidate_BC)[..., None] * read_entries(query_BCHE, key_BHLE, entries, self.reach)
 
 
 def of_items(ranker: Ranker, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

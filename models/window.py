@@ -69,10 +69,14 @@ class Window(nn.Module):
         now_ms_B: Int64[torch.Tensor, "B"],
     ) -> Float[torch.Tensor, "B C H D"]:
         """The same where queries, gates, and keys and values of the events' items are known."""
-        of_action_BLX = functional.embedding(newest.action_BL, self.action_value_AHD.flatten(1))
-        value_BLHD = value_BLHD + of_action_BLX.unflatten(-1, value_BLHD.shape[2:])
+        value_BLHD = self.with_actions(value_BLHD, newest)
         bias_BHL = history_bias(self.kernel(), newest.time_ms_BL, newest.weight_BL, now_ms_B)
         return asked.gate_BCH[..., None] * read_history(asked.query_BCHE, key_BLHE, value_BLHD, bias_BHL)
+
+    def with_actions(self, value_BLHD: Float[torch.Tensor, "B L H D"], newest: History) -> torch.Tensor:
+        """The values of events, from those of their items."""
+        of_action_BLX = functional.embedding(newest.action_BL, self.action_value_AHD.flatten(1))
+        return value_BLHD + of_action_BLX.unflatten(-1, value_BLHD.shape[2:])
 
     def newest_in(self, cache: CacheBatch) -> History:
         """What it reads of caches. Raises ValueError for caches that were made for a window of another size."""

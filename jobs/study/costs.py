@@ -21,6 +21,7 @@ from models.checkpoint import Checkpoint
 from models.count_kernels import NO_CELL
 from models.item_table import ItemTable
 from models.model_names import counts_exactly
+from models.newest import newest_of
 from models.ranker import Ranker, VqlHistory
 from models.request import Impression, collate, counted
 from models.rivals.events import EVENT_BYTES
@@ -82,7 +83,8 @@ def folded(ranker: Ranker, checkpoint: Checkpoint) -> Fold:
         action_value_AHD=history.action_value_AHD.numpy(),
     )
     manifest = checkpoint.manifest
-    return Fold(spec=checkpoint.spec, window=manifest.sizes.window, table=table, counting=manifest.counts)
+    sizes = manifest.sizes
+    return Fold(spec=checkpoint.spec, window=sizes.window, newest=sizes.newest, table=table, counting=manifest.counts)
 
 
 def _events_bytes(ranker: Ranker, impression: Impression, length: int) -> float:
@@ -111,7 +113,7 @@ def _from_cache(
     ranker: Ranker, candidate_BC: torch.Tensor, row: Row, using: Fold, impression: Impression
 ) -> Callable[[], object]:
     counts = None if using.counting is None else [whole_counts(row, using)]
-    caches = CacheBatch.of(using.spec, [whole_cache(row, using)], counts)
+    caches = CacheBatch.of(using.spec, [whole_cache(row, using)], counts, newest_of([row], using))
     now_ms_B = torch.tensor([impression.now_ms])
     return lambda: ranker.from_cache(candidate_BC, caches, now_ms_B)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from jobs.train import DAY_MS, TrainJob
+from jobs.train import TrainJob
 from models.checkpoint import Sizes
 from models.counts import CountPlan
 from models.errors import InputError
@@ -24,6 +24,12 @@ def _sizes(**changes: int) -> Change:
     return lambda job: msgspec.structs.replace(job, sizes=msgspec.structs.replace(job.sizes, **changes))
 
 
+def _without_kernel(job: TrainJob) -> TrainJob:
+    """Neither branch forgets."""
+    never = tuple((None,) for _ in job.half_life_ms)
+    return msgspec.structs.replace(job, half_life_ms=never, newest_half_life_ms=never)
+
+
 def _without_context(job: TrainJob) -> TrainJob:
     """Counts are not context: those of items stay."""
     counts = job.counts
@@ -37,16 +43,13 @@ def _without_context(job: TrainJob) -> TrainJob:
 ABLATIONS: Mapping[str, Mapping[str, Change]] = {
     "groups": {"vql groups=1": _sizes(groups=1), "vql groups=2": _sizes(groups=2)},
     "codewords": {"vql codewords=32": _sizes(codewords=32), "vql codewords=64": _sizes(codewords=64)},
-    "kernel": {
-        "vql without kernel": lambda job: msgspec.structs.replace(
-            job, half_life_ms=tuple((None,) for _ in job.half_life_ms)
-        )
-    },
+    "kernel": {"vql without kernel": _without_kernel},
     "counts": {
         "vql without counts": lambda job: msgspec.structs.replace(job, counts=None),
         "vql with exact counts": lambda job: msgspec.structs.replace(job, model=f"vql{EXACT_COUNTS}"),
     },
     "context": {"vql without context": _without_context},
+    "window": {"vql without window": _sizes(newest=0)},
 }
 
 
@@ -71,8 +74,9 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     per_user: int = 16
     test_per_user: int = 4
     epochs: int = 1
-    sizes: Sizes = Sizes()
-    half_life_ms: tuple[tuple[float | None, ...], ...] = ((DAY_MS,), (7 * DAY_MS,), (28 * DAY_MS,), (None,))
+    sizes: Sizes = TrainJob(log="").sizes
+    half_life_ms: tuple[tuple[float | None, ...], ...] = TrainJob(log="").half_life_ms
+    newest_half_life_ms: tuple[tuple[float | None, ...], ...] = TrainJob(log="").newest_half_life_ms
     counts: CountPlan | None = None
 
 
@@ -91,6 +95,8 @@ def check_study(study: Study) -> None:
         raise InputError(f"model {unknown[0]!r} is none of {', '.join(MODELS)}, nor one of these with {EXACT_COUNTS}")
     if study.counts is None and ("counts" in study.ablate or any(map(counts_exactly, study.models))):
         raise InputError(f"nothing is counted: models with {EXACT_COUNTS}, and the ablation of counts, need --count")
+    if "window" in study.ablate and not study.sizes.newest:
+        raise InputError("vql has no window over the newest events that could be taken away; give --newest")
     if len(set(study.models)) != len(study.models) or not study.models:
         raise InputError(f"models {', '.join(study.models) or 'none'}: give each once, and at least one")
     if study.reference not in study.models:

@@ -197,6 +197,7 @@ def test_a_difference_is_paired_by_user() -> None:
         ({"ablate": ("salt",)}, "'salt'"),
         ({"holdout": 1.0}, "share of 1"),
         ({"counts": None}, "need --count"),
+        ({"sizes": Sizes(newest=0), "ablate": ("window",)}, "no window"),
         ({"models": ("vql",), "counts": None, "ablate": ("counts",)}, "need --count"),
         ({"models": ("vql", "dni+counts")}, "'dni.counts'"),
     ],
@@ -208,15 +209,21 @@ def test_a_study_that_cannot_be_is_refused(changes: dict, says: str) -> None:
 
 def test_an_ablation_changes_what_it_says_and_nothing_else() -> None:
     study = msgspec.structs.replace(STUDY, models=("vql",), ablate=tuple(ABLATIONS))
-    plain, *ablated = variants(study, TrainJob(log="log", fields=("category",), sizes=Sizes()))
+    plain, *ablated = variants(study, TrainJob(log="log", fields=("category",)))
     assert plain.job.model == "vql"
     for variant in ablated:
         assert variant.job.model == ("vql+counts" if variant.name == "vql with exact counts" else "vql")
         changed = [
             name for name in TrainJob.__struct_fields__ if getattr(variant.job, name) != getattr(plain.job, name)
         ]
-        # Without context there is no category to count.
-        assert changed == ["fields", "counts"] if variant.name == "vql without context" else len(changed) == 1
+        # Without context there is no category to count; and both branches have a kernel.
+        two = {
+            "vql without context": ["fields", "counts"],
+            "vql without kernel": ["half_life_ms", "newest_half_life_ms"],
+        }
+        assert changed == two[variant.name] if variant.name in two else len(changed) == 1
+    (without,) = (variant.job for variant in ablated if variant.name == "vql without window")
+    assert without.sizes == msgspec.structs.replace(plain.job.sizes, newest=0)
 
 
 def test_vql_counts_and_rivals_do_when_they_are_named_so() -> None:

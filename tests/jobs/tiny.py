@@ -18,7 +18,7 @@ from tests.small import START_MS
 
 USERS, DAYS, ITEMS, CATEGORIES, PARTITIONS = 30, 12, 24, 3, 2
 # What the command line makes of TRAIN_OPTIONS, with over fifty steps: a state is saved on the way.
-SIZES = Sizes(heads=4, groups=2, codewords=8, window=4)
+SIZES = Sizes(heads=4, groups=2, codewords=8, window=4, newest=3)
 EPOCHS = 8
 TRAIN_OPTIONS = [
     "--field",
@@ -29,6 +29,8 @@ TRAIN_OPTIONS = [
     8,
     "--window",
     4,
+    "--newest",
+    3,
     "--epochs",
     EPOCHS,
     "--no-counts",

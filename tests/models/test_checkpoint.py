@@ -54,6 +54,23 @@ def flip(file: Path, at: int, change: int = 1) -> None:
     file.write_bytes(data)
 
 
+def test_a_manifest_of_before_the_window_has_none(tmp_path):
+    write(tmp_path / "c")
+    sizes = msgspec.structs.asdict(make_manifest().sizes)
+    del sizes["newest"]
+    raw = msgspec.json.decode((tmp_path / "c" / "manifest.json").read_bytes())
+    del raw["newest_half_life_ms"]
+    (tmp_path / "c" / "manifest.json").write_bytes(msgspec.json.encode(raw | {"sizes": sizes}))
+    manifest = open_checkpoint(tmp_path / "c").manifest
+    assert (manifest.sizes.newest, manifest.newest_half_life_ms) == (0, [])
+
+
+def test_more_newest_events_than_a_row_is_sure_to_keep_are_refused():
+    Sizes(window=50, newest=50)
+    with pytest.raises(ValueError, match="newest 51 events are not in rows that keep 50"):
+        Sizes(window=50, newest=51)
+
+
 def test_a_checkpoint_opens_as_it_was_written(tmp_path):
     written = write(tmp_path / "c")
     opened = open_checkpoint(tmp_path / "c")

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.cache_kernels import EVENT
-from models.newest import newest, newest_of
+from models.cache_kernels import EVENT, PLACE
+from models.newest import COLUMNS, newest, newest_kernel, newest_of
 from models.row import Fold, advance, new_row
+from models.row_places import DAMAGED, SOUND
 from models.wire import Stamp, pack_recent, recent_times
 from tests.models.test_row import POSITION, make_fold
 from tests.small import HOUR_MS, START_MS
@@ -33,6 +34,16 @@ def events(hours: list[int], weights: list[float] | None = None, items: list[int
         np.array(weights or [1.0] * count, np.float32),
         np.arange(count),
     )
+
+
+def by_kernel(event_N: np.ndarray, length: int) -> np.ndarray:
+    """The items that the kernel gives for one user's recent events, beside a user who cannot be used."""
+    place_B = np.zeros(2, PLACE)
+    place_B["events"], place_B["status"] = len(event_N), [SOUND, DAMAGED]
+    columns = [np.full((2, length), 7, dtype) for dtype in COLUMNS.values()]
+    newest_kernel(place_B, event_N, *columns)
+    assert not any(column_BL[1].any() for column_BL in columns)
+    return columns[0][0]
 
 
 def hours_of(records: np.ndarray, fold: Fold, start: Stamp = POSITION) -> list[int]:
@@ -111,3 +122,14 @@ def test_the_newest_of_many_are_as_sorting_gives_them(length):
     event_N["item"] = np.arange(60)
     wanted = sorted(range(60), key=lambda n: (event_N["time_ms"][n], n))[-length:]
     assert newest(event_N, length)["item"].tolist() == wanted
+    assert by_kernel(event_N, length).tolist() == [0] * (length - len(wanted)) + wanted
+
+
+def test_the_kernel_takes_back_what_its_twin_does():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        event_N = np.zeros(12, EVENT)
+        event_N["time_ms"], event_N["action"] = rng.integers(0, 3, 12), rng.integers(0, 2, 12)
+        event_N["item"], event_N["weight"] = rng.integers(1, 3, 12), rng.choice([1, 1, 2, -1], 12)
+        wanted = newest(event_N, 6)["item"].tolist()
+        assert by_kernel(event_N, 6).tolist() == [0] * (6 - len(wanted)) + wanted

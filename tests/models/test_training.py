@@ -20,9 +20,9 @@ from models.request import collate
 from models.rivals import HISTORIES
 from models.stopping import auc_within
 from models.timelines import impressions_of, timeline_files
-from models.training import final_parameters, new_ranker, train
+from models.training import begin, final_parameters, new_ranker, train
 from tests.small import HOUR_MS
-from tests.small_examples import repeating_user, small_plan, write_small_examples
+from tests.small_examples import SIZES, repeating_user, small_plan, write_small_examples
 
 RUN = """
 import sys, msgspec, torch
@@ -97,6 +97,18 @@ def test_where_a_repeat_decides_counts_tell_it_from_a_likeness(tmp_path):
         assert np.mean(found[-10:]) < np.mean(found[:10])
     assert gauc["counted"] > 0.95
     assert gauc["counted"] > gauc["without"] + 0.05
+
+
+def test_every_part_of_the_window_over_the_newest_events_is_trained(tmp_path):
+    sizes = msgspec.structs.replace(SIZES, newest=3)
+    plan = small_plan(tmp_path, sizes=sizes, newest_half_life_ms=[[float(HOUR_MS), None]] * 4, epochs=2)
+    begun = begin(plan).ranker.state_dict()
+    train(plan)
+    trained = final_parameters(plan)
+    parts = [name for name in begun if name.startswith("history.window.")]
+    assert len(parts) == 8
+    for name in parts:
+        assert np.abs(trained[name] - begun[name].numpy()).max() > 1e-3, name
 
 
 def test_the_same_plan_gives_the_same_parameters(tmp_path):
