@@ -44,6 +44,11 @@ def test_full_attention_is_what_vql_quantises(tmp_path: Path) -> None:
     assert (exact - vql(request)[0]).abs().max() > 1e-3
 
 
+def test_full_attention_has_no_second_branch() -> None:
+    names = {name.removeprefix("attention.") for name in parameters(new_ranker("full", newest=7))}
+    assert names == set(parameters(new_ranker("vql", newest=0))) < set(parameters(new_ranker("vql", newest=7)))
+
+
 def test_training_leaves_the_keys_exact(tmp_path: Path) -> None:
     plan = small_plan(tmp_path, "full", epochs=2)
     train(plan)
