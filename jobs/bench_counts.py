@@ -79,7 +79,7 @@ class Purchases:
 def run_counts_bench(bench: CountsBench, work: Path, said: Console) -> dict[str, Any]:
     """Quality of each side by protocol, one for each seed. A training that was cut off in `work` goes on."""
     data = read_purchases()
-    figures: dict[str, Any] = {"machine": machine(), "versions": versions(), "bench": bench}
+    figures: dict[str, Any] = {"machine": machine(), "versions": versions(), "bench": bench, "misread": {}}
     for protocol in bench.protocols:
         until = ExamplePlan(per_user=bench.per_user, protocol=protocol, until_ms=data.end_ms)
         later = ExamplePlan(per_user=bench.ranked_per_user, protocol=protocol, from_ms=data.end_ms, seed=1)
@@ -94,7 +94,7 @@ def run_counts_bench(bench: CountsBench, work: Path, said: Console) -> dict[str,
                 said.print(f"{protocol}, seed {seed}, {side}: GAUC {found.gauc:.4f}, AUC {found.auc:.4f}")
         figures["impressions"] = len(impressions)
         figures["bytes"] = {side: size_bytes(SIDES[side], data.vocabulary, impressions) for side in bench.sides}
-        figures[protocol]["misread"] = {
+        figures["misread"][protocol] = {
             side: misread(SIDES[side], data.vocabulary, impressions) for side in bench.sides if SIDES[side][1]
         }
     return figures
