@@ -112,6 +112,7 @@ def test_counts_along_a_timeline_are_those_of_its_impressions_one_by_one():
         item_L=np.array([7, 8, 7, 7, 9, 7]),
         weight_L=np.ones(6),
         candidates=[np.array([7, 8, 9]), np.array([7, 9]), np.array([7])],
+        labels=[np.zeros(3), np.zeros(2), np.zeros(1)],
     )
     found = counted([one], counter)
     assert [count_CX[:, 0].tolist() for count_CX in found] == [[3, 1, 1], [1, 0], [0]]

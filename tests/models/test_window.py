@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -158,8 +158,9 @@ def test_a_score_depends_on_the_newest_events_alone_beside_the_cache(tmp_path):
 @torch.inference_mode()
 def test_an_absent_user_sees_zeros():
     ranker = new_ranker(newest=7)
-    padding = History(**{f.name: torch.zeros(1, 7, dtype=torch.int64) for f in fields(History)})
-    nobody = CacheBatch.of(new_spec(1), [None], newest=replace(padding, weight_BL=torch.zeros(1, 7)))
+    none = torch.zeros(1, 7, dtype=torch.int64)
+    padding = History(item_BL=none, action_BL=none, time_ms_BL=none, weight_BL=none.float())
+    nobody = CacheBatch.of(new_spec(1), [None], newest=padding)
     candidate_1C = torch.arange(1, 6)[None]
     x_1Cd = ranker.encoder(candidate_1C)
     wanted = ranker.logits(x_1Cd, torch.zeros(1, 5, SIZES.heads * SIZES.value_width))
