@@ -34,7 +34,7 @@ from feature_repo.reader_metrics import ReaderMetrics
 from feature_repo.store import RowStore
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
-from models.dense_caches import DenseBatch, DenseCaches
+from models.dense_caches import DenseBatch, DenseCaches, compile_kernels
 from models.errors import ForeignRowError, StoreError, UnavailableError, WireError
 from models.row import Fold, Row, RowBytes, decode_row
 from models.row_places import ABSENT as NO_ROW
@@ -126,6 +126,8 @@ class Reader:
         self._begun = False
         self._refusal: StoreError | None = None
         self._late_s = -LATE_NEWS_S
+        # The first read is not to miss its deadline for it.
+        compile_kernels(opened.loaded)
 
     @property
     def checkpoint(self) -> Checkpoint:

@@ -18,7 +18,7 @@ from models.cache_kernels import PLACE, dense_kernel
 from models.count_kernels import count_rows_kernel
 from models.counts import CountPlan
 from models.newest import COLUMNS, newest_kernel
-from models.row import Fold, RowBytes
+from models.row import Fold, RowBytes, encode_row, new_row
 from models.row_places import ABSENT, SOUND, RowPlaces, place_rows
 
 
@@ -106,6 +106,11 @@ class DenseBatch:
             **{f"newest_{name}_BL": each.to(self._device, non_blocking=True) for name, each in self._newest.items()},
         )
         return DenseCaches(caches, self._unknown_B)
+
+
+def compile_kernels(using: Fold) -> None:
+    """Compile what is not on this machine's disk yet, which takes seconds, before a batch waits for it."""
+    DenseBatch(1, using, torch.device("cpu")).fill(0, [encode_row(new_row(using.spec, 0, 0))])
 
 
 def dense_caches(places: RowPlaces, using: Fold, device: torch.device) -> DenseCaches:

@@ -32,9 +32,7 @@ from jobs.serving.live import LiveScorer
 from jobs.serving.messages import BODY_BYTES_MAX
 from jobs.serving.metrics import ServeMetrics
 from models.checkpoint import open_checkpoint
-from models.dense_caches import dense_caches, placed
 from models.errors import InputError
-from models.row import Fold, encode_row, new_row
 
 _WARM_CANDIDATES = (1, 100, 500)
 
@@ -75,15 +73,14 @@ def _loader(plan: ServePlan, metrics: ReaderMetrics) -> Callable[[Path], Scorer]
         opened = Opened(open_checkpoint(path))
         reader = Reader(plan.store.open(), opened, plan.limits, plan.placement.device, metrics)
         scorer = load_scorer(opened.checkpoint, reader.fold, reader, plan.placement)
-        _warm_up(scorer, reader.fold)
+        _warm_up(scorer)
         return scorer
 
     return load
 
 
-def _warm_up(scorer: Scorer, fold: Fold) -> None:
-    """Kernels are compiled and buffers made now, not in the first requests."""
-    dense_caches(placed([encode_row(new_row(fold.spec, 1, 0))], fold), fold, scorer.placement.device)
+def _warm_up(scorer: Scorer) -> None:
+    """Buffers are made now, not in the first requests."""
     for candidates in _WARM_CANDIDATES:
         scorer.score([Asked(user_id="", item_ids=[""] * candidates, now_ms=0)] * 2)
 

@@ -14,6 +14,7 @@ from feature_repo.reader import Reader, ReadLimits
 from feature_repo.sqlite_store import SqliteRows
 from feature_repo.store import RowPut, RowStore
 from models.attention import CacheBatch
+from models.cache_kernels import dense_kernel
 from models.checkpoint import Checkpoint
 from models.errors import StoreError
 from models.row import Fold, Row, encode_row, whole_cache
@@ -74,6 +75,18 @@ def test_what_is_read_is_the_whole_cache_of_every_user_absent_ones_too(rows, rea
     assert int(read.caches.count_B.sum()) == 400 + stored["u0"].count
     assert any(len(row.recent) for row in stored.values())
     assert_as_plain(reader, user_ids)
+
+
+def test_kernels_are_compiled_before_the_first_read_could_be_late_for_it(rows, checkpoint, fold):
+    dense_kernel.cache_clear()
+    reader = Reader(rows, Opened(checkpoint), ReadLimits(deadline_s=30.0))
+    kernel = dense_kernel(fold.spec.heads // fold.spec.groups, fold.spec.rates, fold.spec.value_width)
+    compiled = list(kernel.signatures)
+    put_all(rows, checkpoint, small_rows(checkpoint, fold, 100))
+    reader.read(["u0", "u1", "nobody"])
+    reader.close()
+    assert compiled
+    assert list(kernel.signatures) == compiled
 
 
 def test_no_users_is_an_empty_batch(rows, reader, checkpoint):
