@@ -26,10 +26,12 @@ from jobs.evaluate import Quality, quality, score_raw
 from jobs.examples import Vocabulary, timelines
 from jobs.popularity import count_popularity
 from jobs.sampling import Items
+from jobs.study.plan import SEES
 from jobs.train import DAY_MS, TrainJob, item_cells
 from models.checkpoint import OTHER_ACTION
 from models.count_kernels import NO_CELL
 from models.counts import Counter, CountPlan
+from models.files import replace_array
 from models.model_names import EXACT_COUNTS
 from models.request import Impression
 from models.timelines import CELLS, FEATURES, impressions_of, timeline_files
@@ -50,8 +52,6 @@ SIDES: dict[str, tuple[str, CountPlan | None]] = {
     "no_history_exact": ("no_history+counts", ITEMS_AND_CATEGORIES),
     "din_50_exact": ("din_50+counts", ITEMS_AND_CATEGORIES),
 }
-# Events that a rival reads; all others train on the bench's length and rank from all events.
-READS = {"no_history": 1, "din_50": 50}
 ACTIONS = [OTHER_ACTION, "purchase"]
 USERS_PER_FILE = 500
 
@@ -156,7 +156,7 @@ def _write(data: Purchases, plan: ExamplePlan, out: Path) -> Path:
     made = timelines(data.rows, Items(popularity=popularity, group_M=group_M), plan, ACTIONS)
     for part, first in enumerate(range(0, len(made), USERS_PER_FILE)):
         pq.write_table(made.slice(first, USERS_PER_FILE), out / f"part-{part:05d}.parquet")
-    np.save(out / FEATURES, data.vocabulary.feature_MF)
+    replace_array(out / FEATURES, data.vocabulary.feature_MF)
     return out
 
 
@@ -166,7 +166,7 @@ def _plan(bench: CountsBench, data: Purchases, side: str, examples: Path, seed: 
     work = examples.with_name(f"{examples.name}-{side}-{bench.length}-{seed}")
     if counts is not None:
         work.mkdir(exist_ok=True)
-        np.save(work / CELLS, item_cells(model, counts, data.vocabulary))
+        replace_array(work / CELLS, item_cells(model, counts, data.vocabulary))
     usual = TrainJob(log="")
     return TrainPlan(
         model=model,
@@ -188,7 +188,8 @@ def _quality(plan: TrainPlan, impressions: Sequence[Impression]) -> Quality:
 
 
 def _reads(model: str) -> int | None:
-    return READS.get(model.removesuffix(EXACT_COUNTS))
+    """Events that a rival looks at; None for those that train on the bench's length and rank from all events."""
+    return SEES.get(model.removesuffix(EXACT_COUNTS))
 
 
 def size_bytes(

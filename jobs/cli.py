@@ -22,7 +22,24 @@ from jobs.cli_dead_letters import app as dead_letters
 from jobs.cli_doctor import doctor
 from jobs.cli_evaluate import evaluate
 from jobs.cli_inspect import inspect
-from jobs.cli_options import CheckpointPath, Log, MaxFuture, State, choice, offsets, pairs
+from jobs.cli_options import (
+    COUNT_HALF_LIVES,
+    HALF_LIVES,
+    LOCAL,
+    CheckpointPath,
+    Counted,
+    CountHalfLives,
+    HalfLives,
+    Log,
+    Master,
+    MaxFuture,
+    NewestHalfLives,
+    NoCounts,
+    State,
+    choice,
+    offsets,
+    pairs,
+)
 from jobs.cli_serve import serve
 from jobs.cli_size import size
 from jobs.cli_stream import stream
@@ -51,11 +68,9 @@ err = Console(stderr=True, highlight=False)
 
 # Absolute, because executors and workers have working folders of their own.
 Input = Annotated[Path, typer.Option("--input", resolve_path=True, help="A Parquet or CSV file or folder.")]
-Master = Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")]
 Columns = Annotated[
     list[str], typer.Option("--column", help="FIELD=SQL expression over the file's columns; repeatable.")
 ]
-LOCAL = "local[2]"
 
 
 def _version(value: bool) -> None:
@@ -154,17 +169,10 @@ def train(
         str, typer.Option(help=f"One of {', '.join(MODELS)}; a rival with +counts is given exact ones.")
     ] = "vql",
     field: Annotated[list[str], typer.Option(help="An item field to use, from vql ingest-items; repeatable.")] = [],
-    half_life: Annotated[
-        list[str], typer.Option(help="One per head: 12h, 7d or never; commas for several rates of a head.")
-    ] = ["1d", "7d", "28d", "never"],
-    count: Annotated[
-        list[str],
-        typer.Option(
-            help="item_id or a field, counted for each user by its values; repeatable. Absent: item_id and every field."
-        ),
-    ] = [],
-    no_counts: Annotated[bool, typer.Option("--no-counts", help="Count nothing.")] = False,
-    count_half_life: Annotated[str, typer.Option(help="Half-lives of the counts, with commas between.")] = "7d,never",
+    half_life: HalfLives = HALF_LIVES,
+    count: Counted = [],
+    no_counts: NoCounts = False,
+    count_half_life: CountHalfLives = COUNT_HALF_LIVES,
     groups: Annotated[int, typer.Option(min=1, help="Groups of heads, each with a codebook.")] = 4,
     codewords: Annotated[int, typer.Option(min=2, help="Codewords of each group.")] = 256,
     window: Annotated[int, typer.Option(min=0, help="W: recent events kept raw in a row, at most 2 W.")] = 64,
@@ -172,10 +180,7 @@ def train(
         int | None,
         typer.Option(min=0, help="Newest of these, which vql also attends one by one; absent: 50, W if that is less."),
     ] = None,
-    newest_half_life: Annotated[
-        list[str],
-        typer.Option(help="Of the newest, as --half-life has them. Absent: 1h, 6h, 1d, 7d by turns."),
-    ] = [],
+    newest_half_life: NewestHalfLives = [],
     length: Annotated[
         int, typer.Option(min=1, help="Newest events for exact attention: all that rivals see; vql, in its first half.")
     ] = 512,

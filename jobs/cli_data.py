@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from jobs.cli_options import Log, choice, pairs
+from jobs.cli_options import LOCAL, Log, Master, choice, pairs
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,7 +50,7 @@ def prepare(
     ] = [],
     where: Annotated[str, typer.Option(help="SQL condition: which rows to take, of a part of the users say.")] = "true",
     partitions: Annotated[int, typer.Option(min=1, help="Partitions of a new log; an existing one keeps its own.")] = 4,
-    master: Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")] = "local[2]",
+    master: Master = LOCAL,
 ) -> None:
     """Make a log of a data set's files as published: its events, and its items with their static fields.
 

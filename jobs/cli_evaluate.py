@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from jobs.cli_options import choice, integer
+from jobs.cli_options import (
+    COUNT_HALF_LIVES,
+    HALF_LIVES,
+    LOCAL,
+    Counted,
+    CountHalfLives,
+    HalfLives,
+    Master,
+    NewestHalfLives,
+    NoCounts,
+    choice,
+    integer,
+)
 from models.model_names import MODELS
 
 out = Console(highlight=False)
@@ -41,16 +53,13 @@ def evaluate(
     per_user: Annotated[int, typer.Option(min=1, help="Training impressions per user at most.")] = 16,
     test_per_user: Annotated[int, typer.Option(min=1, help="Held-out impressions per user at most.")] = 4,
     holdout: Annotated[float, typer.Option(help="The newest share of the events, on which nothing is trained.")] = 0.15,
-    half_life: Annotated[list[str], typer.Option(help="As vql train has it.")] = ["1d", "7d", "28d", "never"],
+    half_life: HalfLives = HALF_LIVES,
     newest: Annotated[int, typer.Option(min=0, max=64, help="As vql train has it; 0: no window over the newest.")] = 50,
-    newest_half_life: Annotated[list[str], typer.Option(help="As vql train has it.")] = [],
-    count: Annotated[
-        list[str],
-        typer.Option(help="As vql train has it: what vql counts in its rows, and a model with +counts exactly."),
-    ] = [],
-    no_counts: Annotated[bool, typer.Option("--no-counts", help="Count nothing.")] = False,
-    count_half_life: Annotated[str, typer.Option(help="As vql train has it.")] = "7d,never",
-    master: Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")] = "local[2]",
+    newest_half_life: NewestHalfLives = [],
+    count: Counted = [],
+    no_counts: NoCounts = False,
+    count_half_life: CountHalfLives = COUNT_HALF_LIVES,
+    master: Master = LOCAL,
 ) -> None:
     """Train models alike on a public data set, and show what each is worth on what came later, and what it costs.
 
@@ -58,7 +67,8 @@ def evaluate(
     one with more models or seeds makes only those.
 
     [b]raw[/b]: negatives by their popularity of the time, as if candidates came from everywhere. [b]fair[/b]:
-    negatives as familiar to the user as the positive is. Both are shown on repeats and on novel items too.
+    negatives as familiar to the user as the positive is. Both are shown on repeats and on novel items too. vql counts
+    in its rows, a model with +counts exactly.
 
     Example: vql evaluate --data completejourney --models vql,full,din_50,mean --protocol fair --seeds 3
     --work build/study --output build/study/completejourney-fair.json

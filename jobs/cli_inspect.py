@@ -61,7 +61,7 @@ def _facts(opened: Checkpoint, row_bytes: int | None) -> None:
     facts |= {f"training: {name}": str(value) for name, value in manifest.training.items()}
     facts |= {name: f"{value:g}" for name, value in manifest.metrics.items()}
     if row_bytes is not None:
-        facts["largest row, bytes"] = f"{row_bytes:,}"
+        facts["largest row, counts apart, bytes"] = f"{row_bytes:,}"
     table = Table(show_header=False)
     for name, value in facts.items():
         table.add_row(name, value)

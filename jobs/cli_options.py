@@ -20,6 +20,26 @@ CheckpointPath = Annotated[
     Path, typer.Option("--checkpoint", resolve_path=True, help="A checkpoint directory, made by vql train.")
 ]
 
+Master = Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")]
+LOCAL = "local[2]"
+
+# What decides a training, for `vql train` and for every training of `vql evaluate`.
+HalfLives = Annotated[
+    list[str], typer.Option(help="One per head: 12h, 7d or never; commas for several rates of a head.")
+]
+NewestHalfLives = Annotated[
+    list[str], typer.Option(help="Of the newest, as --half-life has them. Absent: 1h, 6h, 1d, 7d by turns.")
+]
+Counted = Annotated[
+    list[str],
+    typer.Option(
+        help="item_id or a field, counted for each user by its values; repeatable. Absent: item_id and every field."
+    ),
+]
+NoCounts = Annotated[bool, typer.Option("--no-counts", help="Count nothing.")]
+CountHalfLives = Annotated[str, typer.Option(help="Half-lives of the counts, with commas between.")]
+HALF_LIVES, COUNT_HALF_LIVES = ["1d", "7d", "28d", "never"], "7d,never"
+
 # One setting for all three programs that judge records: else the table of events would not be what the stream folds.
 MaxFuture = Annotated[
     float,

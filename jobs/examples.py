@@ -8,7 +8,6 @@ seed give the same examples in the same order on any cluster.
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from jobs.popularity import Popularity, count_popularity
 from jobs.protocols import check_plan, draw
 from jobs.sampling import Items
 from models.errors import InputError
-from models.files import locked, replace_file
+from models.files import locked, replace_array
 from models.timelines import FEATURES, SCHEMA
 
 UNKNOWN_VALUE = ""
@@ -126,9 +125,7 @@ def _write_examples(
     placed = grouped.repartition(plan.files, "user_id").sortWithinPartitions("user_id")
     placed.write.option("maxRecordsPerFile", USERS_PER_FILE).parquet(str(out))
     # Written last: its presence says that the folder is whole.
-    buffer = io.BytesIO()
-    np.save(buffer, vocabulary.feature_MF)
-    replace_file(out / FEATURES, buffer.getvalue())
+    replace_array(out / FEATURES, vocabulary.feature_MF)
 
 
 def _index_of(actions: list[str]) -> F.Column:

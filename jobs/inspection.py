@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from jobs.plots import png
+from models.attention import log_weights
 from models.cache import Cache
 from models.checkpoint import Checkpoint
 from models.files import replace_file
 from models.row import Row, encode_row
+from models.temporal import TemporalKernel
 from models.wire import RECENT, Stamp, encode_folded
 
 # The learned weights of the kernels' exponentials, before softplus (models.temporal.TemporalKernel).
@@ -23,7 +26,10 @@ AGES_DAYS = np.geomspace(1 / 1440, 365, 200)
 
 
 def largest_row_bytes(checkpoint: Checkpoint) -> int:
-    """Of a row whose user has events of every codeword, and the most recent events that a row keeps."""
+    """Of a row whose user has events of every codeword, and the most recent events that a row keeps; less its counts.
+
+    A user's counts take what the distinct values that they met take: no number of codewords bounds them.
+    """
     spec, heads = checkpoint.spec, checkpoint.spec.heads // checkpoint.spec.groups
     entries = spec.groups * spec.codewords
     mass_NPR = np.ones((entries, heads, spec.rates), np.float32)
@@ -54,9 +60,7 @@ def draw(checkpoint: Checkpoint, path: Path) -> None:
     kernels, attention = figure.subplots(1, 2)
     _kernels(checkpoint, kernels)
     _attention(checkpoint, attention)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    replace_file(path, buffer.getvalue())
+    replace_file(path, png(figure))
 
 
 def _kernels(checkpoint: Checkpoint, axes: Axes) -> None:
@@ -76,12 +80,17 @@ def _kernels(checkpoint: Checkpoint, axes: Axes) -> None:
 def _kernel(
     axes: Axes, raw_HR: np.ndarray, half_life_ms: Sequence[Sequence[float | None]], line: str, what: str
 ) -> None:
-    weight_HR = np.logaddexp(0, raw_HR.astype(np.float64))
-    half_life_HR = np.array([[np.inf if life is None else life for life in head] for head in half_life_ms])
-    kappa_AH = (weight_HR * 0.5 ** ((AGES_DAYS * DAY_MS)[:, None, None] / half_life_HR)).sum(axis=-1)
+    kernel = TemporalKernel(half_life_ms)
+    kernel.load_state_dict({"raw_HR": torch.from_numpy(raw_HR)})
+    age_ms_1A = torch.from_numpy(np.append(0, AGES_DAYS * DAY_MS).astype(np.int64))[None]
+    with torch.inference_mode():
+        log_kappa_HA = log_weights(
+            kernel(), -age_ms_1A, torch.ones(age_ms_1A.shape), torch.zeros(1, dtype=torch.int64)
+        )[0]
+    kappa_HA = (log_kappa_HA - log_kappa_HA[:, :1]).exp().numpy()
     for h, half_lives in enumerate(half_life_ms):
         named = ", ".join("never" if life is None else f"{life / DAY_MS:.3g} d" for life in half_lives)
-        axes.plot(AGES_DAYS, kappa_AH[:, h] / weight_HR[h].sum(), line, label=f"{what} {h}: {named}")
+        axes.plot(AGES_DAYS, kappa_HA[h, 1:], line, label=f"{what} {h}: {named}")
 
 
 def _attention(checkpoint: Checkpoint, axes: Axes) -> None:

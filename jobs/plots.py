@@ -29,11 +29,15 @@ def bars(values: Mapping[str, float], unit: str) -> Figure:
     return figure
 
 
-def data_uri(figure: Figure) -> str:
-    """The figure as a PNG within the page."""
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def data_uri(figure: Figure) -> str:
+    """The figure as a PNG within the page."""
+    return "data:image/png;base64," + base64.b64encode(png(figure)).decode()
 
 
 def write_page(path: Path, template: str, figures: Mapping[str, Figure], **values: object) -> None:

@@ -7,7 +7,6 @@ was killed at any moment continues when the same command is run again, and ends 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, Sizes, open_ch
 from models.counts import CountPlan, exact_cells
 from models.diagnostics import Diagnostics
 from models.errors import CheckpointError, InputError
-from models.files import locked, replace_file
+from models.files import locked, replace_array, replace_file
 from models.model_names import EXACT_COUNTS, counts_exactly, may_count
 from models.quantisation import diagnose
 from models.rivals import HISTORIES
@@ -35,7 +34,7 @@ from models.training import TrainPlan, final_parameters, train, trained_ranker
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
 DIAGNOSED_EVENTS = 50_000
 # What the user is after right now: half-lives of the window over the newest events, head by head.
-NEWEST_HALF_LIVES = ("1h", "6h", "1d", "7d")
+NEWEST_HALF_LIFE_MS = (HOUR_MS, 6 * HOUR_MS, DAY_MS, 7 * DAY_MS)
 NEWEST = 50
 
 
@@ -51,7 +50,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "vql"
     sizes: Sizes = Sizes(newest=NEWEST)
     half_life_ms: tuple[tuple[float | None, ...], ...] = ((DAY_MS,), (7 * DAY_MS,), (28 * DAY_MS,), (None,))
-    newest_half_life_ms: tuple[tuple[float | None, ...], ...] = ((HOUR_MS,), (6 * HOUR_MS,), (DAY_MS,), (7 * DAY_MS,))
+    newest_half_life_ms: tuple[tuple[float | None, ...], ...] = tuple((life,) for life in NEWEST_HALF_LIFE_MS)
     counts: CountPlan | None = None
     examples: ExamplePlan = ExamplePlan()
     length: int = 512
@@ -145,8 +144,10 @@ def parse_half_lives(texts: list[str]) -> tuple[tuple[float | None, ...], ...]:
 
 
 def parse_newest_half_lives(texts: list[str], heads: int) -> tuple[tuple[float | None, ...], ...]:
-    """The same of the window over the newest events; for none, NEWEST_HALF_LIVES by turns. Raises InputError."""
-    return parse_half_lives(texts or [NEWEST_HALF_LIVES[head % len(NEWEST_HALF_LIVES)] for head in range(heads)])
+    """The same of the window over the newest events; for none, NEWEST_HALF_LIFE_MS by turns. Raises InputError."""
+    if texts:
+        return parse_half_lives(texts)
+    return tuple((NEWEST_HALF_LIFE_MS[head % len(NEWEST_HALF_LIFE_MS)],) for head in range(heads))
 
 
 def counted_fields(model: str, asked: list[str], fields: Sequence[str]) -> list[str]:
@@ -213,9 +214,7 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
     )
     if job.counts is not None:
         work.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        np.save(buffer, item_cells(job.model, job.counts, vocabulary))
-        replace_file(work / CELLS, buffer.getvalue())
+        replace_array(work / CELLS, item_cells(job.model, job.counts, vocabulary))
     return plan, vocabulary
 
 

@@ -29,6 +29,7 @@ D value width per head. An entry's code is g * K + j.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +92,11 @@ class EncodedEvents:
 
     def __len__(self) -> int:
         return len(self.time_ms_N)
+
+
+def decay_rates(half_life_ms: Sequence[Sequence[float | None]]) -> Float64[np.ndarray, "H R"]:
+    """lambda = ln 2 / half-life, in 1/ms; 0 for None, which never forgets."""
+    return np.log(2.0) / np.array([[np.inf if h is None else h for h in row] for row in half_life_ms], np.float64)
 
 
 def empty(spec: CacheSpec) -> Cache:

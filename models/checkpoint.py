@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from models.cache import CacheSpec
+from models.cache import CacheSpec, decay_rates
 from models.counts import CountPlan
 from models.diagnostics import Diagnostics
 from models.errors import CheckpointError
@@ -97,15 +97,12 @@ class Checkpoint:
     @property
     def spec(self) -> CacheSpec:
         """Sizes and decay rates (1/ms) as the cache needs them."""
-        half_life_HR = np.array(
-            [[np.inf if h is None else h for h in row] for row in self.manifest.half_life_ms], np.float64
-        )
         return CacheSpec(
             checkpoint_id=self.checkpoint_id,
             groups=self.manifest.sizes.groups,
             codewords=self.manifest.sizes.codewords,
             value_width=self.manifest.sizes.value_width,
-            rate_HR=np.log(2.0) / half_life_HR,
+            rate_HR=decay_rates(self.manifest.half_life_ms),
         )
 
     @property

@@ -46,7 +46,7 @@ class CountPlan(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def rate_R(self) -> Float64[np.ndarray, "R"]:
         """lambda in 1/ms, zero for "never forgets"."""
-        return np.log(2.0) / np.array([np.inf if h is None else h for h in self.half_life_ms], np.float64)
+        return cache.decay_rates([self.half_life_ms])[0]
 
     @property
     def width(self) -> int:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from models.errors import MachineError
 
@@ -52,6 +55,13 @@ def locked(folder: Path) -> Iterator[None]:
             print(f"waiting for another process to finish in {folder}", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def replace_array(path: Path, array: np.ndarray) -> None:
+    """`replace_file` with an array, as numpy.load reads it."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    replace_file(path, buffer.getvalue())
 
 
 def disk_error(error: OSError, path: Path) -> Exception:

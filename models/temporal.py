@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from models.attention import Kernel
+from models.cache import decay_rates
 
 
 class TemporalKernel(nn.Module):
@@ -19,11 +20,8 @@ class TemporalKernel(nn.Module):
 
     def __init__(self, half_life_ms: Sequence[Sequence[float | None]]) -> None:
         super().__init__()
-        half_life = torch.tensor(
-            [[math.inf if h is None else h for h in row] for row in half_life_ms], dtype=torch.float64
-        )
-        self.register_buffer("rate_HR", math.log(2.0) / half_life, persistent=False)
-        self.raw_HR = nn.Parameter(torch.full(half_life.shape, math.log(math.e - 1.0)))
+        self.register_buffer("rate_HR", torch.from_numpy(decay_rates(half_life_ms)), persistent=False)
+        self.raw_HR = nn.Parameter(torch.full(self.rate_HR.shape, math.log(math.e - 1.0)))
 
     def forward(self) -> Kernel:
         return Kernel(log_weight_HR=functional.softplus(self.raw_HR).log(), rate_HR=self.rate_HR)

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from models.checkpoint import Sizes
-from models.counts import Counter, CountPlan
+from models.counts import CountPlan
 from models.errors import InputError
 from models.files import replace_file
 from models.ranker import Ranker, Shape, VqlHistory, loss
@@ -90,7 +90,6 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     generator: torch.Generator
     steps: int
-    counter: Counter | None
     step: int = 0
     patience: Patience = field(default_factory=Patience)
 
@@ -173,7 +172,6 @@ def begin(plan: TrainPlan, world: int = 1) -> Run:
         optimizers=_optimizers(ranker, plan),
         generator=torch.default_generator,
         steps=_count_steps(plan, ranker, world),
-        counter=ranker.counter,
     )
 
 
@@ -272,7 +270,7 @@ def _reads_timelines(ranker: Ranker) -> bool:
 def _request(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> Request | TimelineBatch:
     """What the model is asked about a share of a batch."""
     history = run.ranker.history
-    counts = counted(share, run.counter)
+    counts = counted(share, run.ranker.counter)
     timelines = [one for one in share if isinstance(one, Timeline)]
     if isinstance(history, VqlHistory) and history.codebook.started:
         return collate_timelines(timelines, counts)

@@ -111,7 +111,6 @@ def check_study(study: Study) -> None:
 
 def variants(study: Study, job: TrainJob) -> list[Variant]:
     """The rows of the table, models first, from a training that has the data and the budget of all of them."""
-    check_study(study)
     changes: list[tuple[str, str, Change]] = [(model, model, lambda same: same) for model in study.models]
     changes += [(name, "vql", change) for what in study.ablate for name, change in ABLATIONS[what].items()]
     made = []

@@ -29,7 +29,7 @@ from jobs.examples import Vocabulary, build_vocabulary, extended, write_examples
 from jobs.spark import read_delta, table_version
 from jobs.study.compare import Difference, Over, Worth, difference, over, worth, worth_by_slice
 from jobs.study.costs import Costs, costs
-from jobs.study.plan import Study, Variant, lengths, seen, variants
+from jobs.study.plan import Study, Variant, check_study, lengths, seen, variants
 from jobs.train import TrainJob, digest, item_cells, known_actions, run_folder, run_training
 from models.checkpoint import Checkpoint
 from models.errors import InputError
@@ -89,7 +89,7 @@ def run_study(
     started_s = time.monotonic()
     asked_by = data.plan(study.protocol)
     # What cannot be is refused before anything is made.
-    variants(study, TrainJob(log=""))
+    check_study(study)
     log = _log(spark, data, path, work, console)
     job = _job(spark, study, data, log)
     heldout = _held_out(spark, job, _altered(asked_by, from_ms=job.before_ms, per_user=study.test_per_user), work)
