@@ -38,7 +38,7 @@ Counted = Annotated[
 ]
 NoCounts = Annotated[bool, typer.Option("--no-counts", help="Count nothing.")]
 CountHalfLives = Annotated[str, typer.Option(help="Half-lives of the counts, with commas between.")]
-HALF_LIVES, COUNT_HALF_LIVES = ["1d", "7d", "28d", "never"], "7d,never"
+HALF_LIVES, COUNT_HALF_LIVES = ["1d", "7d", "28d", "never"], "28d,never"
 
 # One setting for all three programs that judge records: else the table of events would not be what the stream folds.
 MaxFuture = Annotated[

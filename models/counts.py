@@ -2,9 +2,9 @@
 
     count(f, x, now) = sum over events i whose item has x in field f of w_i exp(-lambda (now - t_i))
 
-Softmax attention cannot tell a repeat from a likeness; a count can. A (field, value) is a hash, its cell, and all
-fields share one space of cells: a count-min sketch (Cormode & Muthukrishnan, 2005) of depth one that is so wide that a
-user touches few of its cells, of which only these are kept. So the counts of a user are a cache (`models.cache`) of one
+Softmax attention cannot tell a repeat from a likeness; a count can. A value is a hash, its cell, within the cells of
+its field: a count-min sketch (Cormode & Muthukrishnan, 2005) of depth one that is so wide that a user touches few of
+its cells, of which only these are kept. So the counts of a user are a cache (`models.cache`) of one
 group and one head, whose codewords are cells and whose values have no width: its laws and limits are theirs, and its
 merge, decay and empty are used as they are. Like those, counts are as of the reference time of the row, that of its
 newest event.
@@ -29,6 +29,9 @@ from models import cache
 from models.cache import Cache, CacheSpec, EncodedEvents
 from models.count_kernels import BEYOND, NO_CELL, count_kernel, timeline_kernel
 
+# The field that has the most values.
+ITEM = "item_id"
+
 
 class CountPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What a checkpoint counts: item fields (item_id is one), each at these half-lives; null for "never forgets"."""
@@ -40,8 +43,8 @@ class CountPlan(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.fields or not self.half_life_ms:
             raise ValueError("counts need a field and a half-life (null: never)")
-        if not 2 <= self.cells <= BEYOND:
-            raise ValueError(f"{self.cells} cells are not 2 to {BEYOND}")
+        if not 1 + 4 * len(self.fields) <= self.cells <= BEYOND:
+            raise ValueError(f"{self.cells} cells are not {1 + 4 * len(self.fields)} to {BEYOND}")
 
     @property
     def rate_R(self) -> Float64[np.ndarray, "R"]:
@@ -61,12 +64,24 @@ class CountPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     def cells_of(self, field: str, values: Sequence[str | None]) -> UInt16[np.ndarray, "N"]:
         """The cell of each value of a field; NO_CELL for a value that is missing or empty."""
-        return np.fromiter((self._cell(field, v) if v else NO_CELL for v in values), np.uint16, len(values))
+        first, cells = self._range(field)
+        return np.fromiter((first + _hash(v) % cells if v else NO_CELL for v in values), np.uint16, len(values))
 
-    def _cell(self, field: str, value: str) -> int:
-        # The field's length keeps ("a", "bc") and ("ab", "c") apart.
-        text = f"{len(field)}:{field}{value}".encode()
-        return 1 + int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") % (self.cells - 1)
+    def _range(self, field: str) -> tuple[int, int]:
+        """The first of a field's own cells, and how many: of several fields, the item has three quarters.
+
+        Were all hashed over all cells, an item that shares one with a department would seem to be a favourite.
+        """
+        others = [name for name in self.fields if name != ITEM]
+        quarter = (self.cells - 1) // 4 if len(others) < len(self.fields) else self.cells - 1
+        each = quarter // max(1, len(others))
+        if field == ITEM:
+            return 1 + each * len(others), self.cells - 1 - each * len(others)
+        return 1 + each * others.index(field), each
+
+
+def _hash(value: str) -> int:
+    return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -233,6 +233,8 @@ class Ranker(nn.Module):
 
     cell_MQ: torch.Tensor
     count_rate_R: torch.Tensor
+    count_centre_X: torch.Tensor
+    count_scale_X: torch.Tensor
 
     def __init__(
         self,
@@ -251,6 +253,9 @@ class Ranker(nn.Module):
         self.register_buffer("cell_MQ", torch.from_numpy(cell_MQ.astype(np.int32)), persistent=False)
         rate_R = torch.empty(0, dtype=torch.float64) if counting is None else torch.from_numpy(counting.rate_R)
         self.register_buffer("count_rate_R", rate_R, persistent=False)
+        if counting is not None:
+            self.register_buffer("count_centre_X", torch.zeros(self.count_width))
+            self.register_buffer("count_scale_X", torch.ones(self.count_width))
         value_width = shape.sizes.heads * shape.sizes.value_width
         self.encoder = ItemEncoder(shape, feature_MF)
         self.history = history
@@ -302,9 +307,20 @@ class Ranker(nn.Module):
         width = 0 if count_BCX is None else count_BCX.shape[-1]
         if width != self.count_width:
             raise ValueError(f"{width} counts for a head of {self.count_width}; collate with the ranker's counter")
-        if count_BCX is not None:
-            parts.append(count_BCX.log1p())
+        if count_BCX is not None and width:
+            parts.append((count_BCX.log1p() - self.count_centre_X) * self.count_scale_X)
         return self.head(torch.cat(parts, dim=-1))[..., 0]
+
+    @torch.no_grad()
+    def standardise_counts(self, count_NX: Float[torch.Tensor, "N X"]) -> None:
+        """Let the head see log(1 + count) with the mean 0 and the deviation 1 that it has over these candidates.
+
+        A user's events in a category are many, an item's are few: unscaled, the head learns the item's too late.
+        """
+        logs_NX = count_NX.log1p()
+        self.count_centre_X.copy_(logs_NX.mean(dim=0))
+        deviation_X = logs_NX.std(dim=0, correction=0)
+        self.count_scale_X.copy_(torch.where(deviation_X > 1e-3, 1 / deviation_X, 1.0))
 
     @property
     def counter(self) -> Counter | None:

@@ -26,6 +26,8 @@ from models.errors import InputError
 from models.request import Impression, Timeline
 
 User = TypeVar("User")
+# Impressions that share a pass over a timeline: two, and of a long one as many as its events make worth while.
+SHARED, EVENTS_PER_IMPRESSION = 2, 512
 # Beside the Parquet files: the feature table (numpy, M x F). In the work folder: what items are counted as (M x Q).
 FEATURES, CELLS = "features.npy", "cells.npy"
 SCHEMA = pa.schema(
@@ -123,40 +125,51 @@ def batches(files: Sequence[Path], size: int, *, seed: int, epoch: int) -> Itera
 
 
 def timeline_batches(files: Sequence[Path], limits: Limits, *, seed: int, epoch: int) -> Iterator[list[Timeline]]:
-    """Batches of whole timelines, shuffled as impressions are; more impressions than a batch has make several parts."""
-    for batch in _filled(_shuffled(files, _timelines_and_ends, seed, epoch), limits):
-        yield [timeline.part(first, until) for timeline, first, until in batch]
+    """Batches of timelines, each with a few of its impressions, shuffled as impressions are.
+
+    Impressions of one user are alike: a batch of few users with many of them trains worse. Passes over long timelines
+    are shared by more impressions, so that an impression costs EVENTS_PER_IMPRESSION events, or what two share.
+    """
+    for batch in _filled(_shuffled(files, _timelines_and_ends, limits, seed, epoch), limits):
+        yield [timeline.part(first, until) for timeline, first, until, _ in batch]
 
 
 def count_timeline_batches(files: Sequence[Path], limits: Limits, *, seed: int, epochs: int) -> int:
     """How many batches the epochs have, from the impressions' ends alone."""
-    return sum(1 for epoch in range(epochs) for _ in _filled(_shuffled(files, _ends_alone, seed, epoch), limits))
+    parts = (_shuffled(files, _ends_alone, limits, seed, epoch) for epoch in range(epochs))
+    return sum(1 for epoch in parts for _ in _filled(epoch, limits))
 
 
 def _shuffled(
-    files: Sequence[Path], load: Callable[[Path], list[tuple[User, np.ndarray]]], seed: int, epoch: int
-) -> Iterator[tuple[User, np.ndarray]]:
-    """Users' timelines and their impressions' ends; one file is in memory at a time."""
+    files: Sequence[Path], load: Callable[[Path], list[tuple[User, np.ndarray]]], limits: Limits, seed: int, epoch: int
+) -> Iterator[tuple[User, int, int, int]]:
+    """(user, first impression, last impression + 1, events of the pass); one file is in memory at a time."""
     rng = np.random.default_rng([seed, epoch])
     for f in rng.permutation(len(files)):
-        users = load(files[f])
-        yield from (users[u] for u in rng.permutation(len(users)))
+        parts = [(user, *part) for user, end_I in load(files[f]) for part in _parts(end_I, limits.impressions)]
+        yield from (parts[p] for p in rng.permutation(len(parts)))
 
 
-def _filled(users: Iterator[tuple[User, np.ndarray]], limits: Limits) -> Iterator[list[tuple[User, int, int]]]:
-    """Batches of (user, first impression, last impression + 1)."""
-    kept: list[tuple[User, int, int]] = []
+def _parts(end_I: np.ndarray, most: int) -> Iterator[tuple[int, int, int]]:
+    """A timeline's impressions by the passes that they share."""
+    share = min(most, max(SHARED, -(-int(end_I.max()) // EVENTS_PER_IMPRESSION)))
+    for first in range(0, len(end_I), share):
+        until = min(first + share, len(end_I))
+        yield first, until, int(end_I[first:until].max())
+
+
+def _filled(parts: Iterator[tuple[User, int, int, int]], limits: Limits) -> Iterator[list[tuple[User, int, int, int]]]:
+    """Batches of parts, within the limits."""
+    kept: list[tuple[User, int, int, int]] = []
     impressions = events = 0
-    for user, end_I in users:
-        for first in range(0, len(end_I), limits.impressions):
-            until = min(first + limits.impressions, len(end_I))
-            more = int(end_I[first:until].max())
-            if kept and (impressions + until - first > limits.impressions or events + more > limits.events):
-                yield kept
-                kept, impressions, events = [], 0, 0
-            kept.append((user, first, until))
-            impressions += until - first
-            events += more
+    for part in parts:
+        _, first, until, more = part
+        if kept and (impressions + until - first > limits.impressions or events + more > limits.events):
+            yield kept
+            kept, impressions, events = [], 0, 0
+        kept.append(part)
+        impressions += until - first
+        events += more
     if kept:
         yield kept
 

@@ -47,6 +47,8 @@ COMMITMENT = 0.01
 KEY_SAMPLE = 20_000
 # Items of a step that move the codewords, at most: long timelines have more, and as good a mean with these.
 MOVING_ITEMS = 4_096
+# Batches whose counts say what is much and what is little.
+COUNTED_BATCHES = 64
 # Batches of held-out users that are looked at after an epoch.
 HELD_OUT_BATCHES = 64
 
@@ -76,7 +78,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     patience: int = 0
     seed: int = 0
     learning_rate: float = 6e-3
-    id_learning_rate: float = 2e-2
+    id_learning_rate: float = 5e-3
     save_every_steps: int = 50
 
 
@@ -165,6 +167,11 @@ def begin(plan: TrainPlan, world: int = 1) -> Run:
     """A run before its first step."""
     torch.manual_seed(plan.seed)
     ranker = new_ranker(plan)
+    if ranker.counter is not None:
+        first = _train_files(plan)[:1]
+        shares = islice(batches(first, plan.batch, seed=plan.seed, epoch=0), COUNTED_BATCHES)
+        counts = [count_CX for share in shares for count_CX in counted(share, ranker.counter) or []]
+        ranker.standardise_counts(torch.from_numpy(np.concatenate(counts)))
     return Run(
         plan=plan,
         ranker=ranker,
@@ -290,7 +297,7 @@ def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> tuple[fl
     logit_BC, commitment = run.forward(request)
     error = loss(logit_BC, request.label_BC)
     (error + COMMITMENT * commitment).backward()
-    warmth = min(1.0, run.step / max(1, run.steps // 20)) * (1.0 if run.step < 0.8 * run.steps else 0.3)
+    warmth = _warmth(run.step / run.steps)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group.setdefault("full_lr", group["lr"])
@@ -299,6 +306,11 @@ def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> tuple[fl
     if isinstance(run.ranker.history, VqlHistory):
         _move_codebook(run.ranker, run.ranker.history, request, run.generator)
     return float(error.detach()), float(auc_within(logit_BC.detach(), request.label_BC).nanmean())
+
+
+def _warmth(done: float) -> float:
+    """The share of the learning rates: up in the first twentieth, whole until half, then down to zero in a line."""
+    return min(1.0, 20 * done, 2 * (1 - done))
 
 
 @torch.no_grad()

@@ -243,14 +243,26 @@ def test_a_value_has_one_cell_and_another_in_each_field():
     assert (missing, empty_text, again) == (NO_CELL, NO_CELL, a)
     names = [f"v{n}" for n in range(2000)]
     item, category = plan.cells_of("item_id", names), plan.cells_of("category", names)
-    assert (item == category).sum() < 5
-    # As many different cells as 2,000 draws of 65,535 give, to five standard deviations.
-    assert 1970 - 28 <= len(set(item.tolist())) <= 2000
-    assert min(item) > NO_CELL
+    assert NO_CELL < min(category) <= max(category) < min(item)
+    # As many different cells as 2,000 draws of three quarters of 65,535 give, to five standard deviations.
+    assert 1960 - 32 <= len(set(item.tolist())) <= 2000
+
+
+@pytest.mark.parametrize("fields", [["item_id"], ["a"], ["a", "b"], ["b", "item_id", "a"], ["item_id", *"abcdefgh"]])
+@pytest.mark.parametrize("cells", [37, 1000, BEYOND])
+def test_the_cells_of_fields_are_apart_and_all_are_used(fields, cells):
+    plan = CountPlan(fields=fields, half_life_ms=[None], cells=cells)
+    values = [f"v{n}" for n in range(30 * cells if cells < BEYOND else 2000)]
+    found = [set(plan.cells_of(field, values).tolist()) for field in fields]
+    assert sum(map(len, found)) == len(set().union(*found))
+    assert set().union(*found) <= set(range(1, cells))
+    if cells == 1000:
+        # What is left over by the division, at most.
+        assert len(set().union(*found)) >= cells - 1 - len(fields)
 
 
 def test_cells_are_the_same_on_every_machine_and_in_every_version():
-    assert make_plan().cells_of("item_id", ["i1", "i2"]).tolist() == [58820, 13206]
+    assert make_plan().cells_of("item_id", ["i1", "i2"]).tolist() == [27310, 56864]
 
 
 def small_counter() -> Counter:

@@ -171,6 +171,23 @@ def test_a_score_depends_on_the_counts_and_is_not_given_without_them(tmp_path):
 
 
 @torch.inference_mode()
+def test_the_head_sees_logs_of_counts_of_mean_0_and_deviation_1():
+    ranker = new_ranker(counting=COUNTING)
+    rng = np.random.default_rng(0)
+    count_NX = torch.from_numpy(rng.gamma(0.5, [0.1, 3.0, 50.0, 1.0], (400, 4)).astype(np.float32))
+    count_NX[:, 3] = 2.0
+    ranker.standardise_counts(count_NX)
+    seen: list[torch.Tensor] = []
+    ranker.head.register_forward_pre_hook(lambda _, given: seen.append(given[0][..., -4:]))
+    width = SIZES.heads * SIZES.value_width
+    ranker.logits(torch.zeros(1, 400, SIZES.width), torch.zeros(1, 400, width), count_NX[None])
+    np.testing.assert_allclose(seen[0][0].mean(dim=0), 0, atol=1e-5)
+    np.testing.assert_allclose(seen[0][0, :, :3].std(dim=0, correction=0), 1, rtol=1e-4)
+    # What is the same of all candidates stays so, and finite.
+    assert not seen[0][0, :, 3].any()
+
+
+@torch.inference_mode()
 def test_a_batch_of_users_of_whom_nothing_is_counted_reads_zeros():
     nobody = CacheBatch.of(new_spec(1), [None, None])
     found = read_counts(torch.ones(2, 3, 2, dtype=torch.int32), nobody, torch.zeros(2).double(), torch.zeros(2).long())

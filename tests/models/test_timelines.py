@@ -12,7 +12,9 @@ import pytest
 from models.errors import InputError
 from models.request import Impression, Timeline
 from models.timelines import (
+    EVENTS_PER_IMPRESSION,
     SCHEMA,
+    SHARED,
     Limits,
     batches,
     count_impressions,
@@ -109,9 +111,17 @@ def test_an_epoch_of_timelines_has_every_impression_once_within_the_limits(files
     for batch in found:
         assert len(asked(batch)) <= limits.impressions
         assert len(batch) == 1 or sum(len(t.item_L) for t in batch) <= limits.events
-    # A user of four impressions is not divided where a batch has room for them.
-    whole = limits.impressions >= 4
-    assert all(len(t.end_I) == 4 for batch in found for t in batch) == whole
+    assert all(len(t.end_I) <= SHARED for batch in found for t in batch)
+
+
+@pytest.mark.parametrize(("events", "passes"), [(100, [2, 2, 2, 1]), (5 * EVENTS_PER_IMPRESSION, [5, 2]), (10**5, [7])])
+def test_a_pass_over_a_long_timeline_is_shared_by_more_impressions(tmp_path, events, passes):
+    row = {"user_id": "u", "item": [1] * events, "action": [0] * events, "time_ms": list(range(events))}
+    row |= {"weight": [1.0] * events, "now_ms": [events] * 7, "end": [events] * 7}
+    row |= {"candidate": [[1]] * 7, "label": [[1]] * 7}
+    pq.write_table(pa.Table.from_pylist([row], SCHEMA), tmp_path / "one.parquet")
+    batches = timeline_batches([tmp_path / "one.parquet"], Limits(impressions=7, events=1), seed=0, epoch=0)
+    assert sorted((len(t.end_I) for batch in batches for t in batch), reverse=True) == passes
 
 
 def test_a_part_of_a_timeline_has_the_events_that_its_impressions_see(files):
