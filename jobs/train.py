@@ -81,6 +81,15 @@ def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, proc
         pinned.unlink()
         raise
     _distribute(plan, processes)
+    made = write_trained(job, plan, vocabulary, facts, out)
+    pinned.unlink()
+    return made
+
+
+def write_trained(
+    job: TrainJob, plan: TrainPlan, vocabulary: Vocabulary, facts: dict[str, str | int | float], out: Path
+) -> Checkpoint:
+    """The checkpoint of a plan that has run. facts: Manifest.training."""
     manifest = Manifest(
         model=job.model,
         sizes=job.sizes,
@@ -89,14 +98,12 @@ def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, proc
         actions=plan.actions,
         fields=list(vocabulary.fields),
         training=facts,
-        metrics={"train_loss": _last_loss(work)},
+        metrics={"train_loss": _last_loss(Path(plan.work))},
         diagnostics=_diagnostics(plan) if job.model == "vql" else None,
         files={},
         counts=job.counts,
     )
-    made = write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
-    pinned.unlink()
-    return made
+    return write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
 
 
 def _pin(spark: SparkSession, job: TrainJob, pinned: Path) -> TrainJob:
@@ -196,6 +203,11 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
     write_examples(spark, events, vocabulary, actions, job.examples, examples)
     if count_impressions(timeline_files(examples)) == 0:
         raise InputError(f"{job.log} gives no examples: no user has events at two times and items to draw against")
+    return plan_training(job, examples, work, vocabulary, actions), vocabulary
+
+
+def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabulary, actions: list[str]) -> TrainPlan:
+    """The plan of the run over these examples; what it counts items as is written into its work folder."""
     plan = TrainPlan(
         model=job.model,
         examples=str(examples),
@@ -215,7 +227,7 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
     if job.counts is not None:
         work.mkdir(parents=True, exist_ok=True)
         replace_array(work / CELLS, item_cells(job.model, job.counts, vocabulary))
-    return plan, vocabulary
+    return plan
 
 
 def item_cells(model: str, counts: CountPlan, vocabulary: Vocabulary) -> np.ndarray:
