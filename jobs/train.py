@@ -42,7 +42,8 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     """What to train and on what; versions None read the newest of events and items, and record which that was.
 
     before_ms: events from then on are as if they were not in the log. None: all of them. newest_half_life_ms: of the
-    window over the newest events, for sizes that have one.
+    window over the newest events, for sizes that have one. category_code: the field whose value is the code of group 0;
+    unset, all codes are learned, and nothing that is named by a job has another name than before there was the choice.
     """
 
     log: str
@@ -61,6 +62,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     log_version: int | None = None
     items_version: int | None = None
     before_ms: int | None = None
+    category_code: str | msgspec.UnsetType = msgspec.UNSET
 
 
 @errors_of_workers()
@@ -102,6 +104,7 @@ def write_trained(
         diagnostics=_diagnostics(plan) if job.model == "vql" else None,
         files={},
         counts=job.counts,
+        category_code=job.category_code,
     )
     return write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
 
@@ -141,6 +144,11 @@ def check_job(job: TrainJob, out: Path) -> None:
         raise InputError(f"fields {list(job.fields)}: item_id is always one, and each can be there once")
     if job.counts and (unknown := [f for f in job.counts.fields if f not in ("item_id", *job.fields)]):
         raise InputError(f"counted fields {unknown} are none of item_id and the fields {list(job.fields)}")
+    if job.category_code is not msgspec.UNSET:
+        if job.category_code not in job.fields:
+            raise InputError(f"the category {job.category_code!r} is none of the fields {list(job.fields)}")
+        if job.model.removesuffix(EXACT_COUNTS) != "vql":
+            raise InputError(f"{job.model} has no codes, which a category could be; vql has")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()):
         raise InputError(f"{out} exists and is no checkpoint; give --checkpoint another path")
 
@@ -217,6 +225,7 @@ def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabul
         newest_half_life_ms=[list(head) for head in job.newest_half_life_ms] if job.sizes.newest else [],
         actions=actions,
         field_rows=[len(values) + 1 for values in vocabulary.fields.values()],
+        category_field=_place(job.category_code, vocabulary),
         counts=job.counts,
         length=job.length,
         epochs=job.epochs,
@@ -228,6 +237,10 @@ def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabul
         work.mkdir(parents=True, exist_ok=True)
         replace_array(work / CELLS, item_cells(job.model, job.counts, vocabulary))
     return plan
+
+
+def _place(field: str | msgspec.UnsetType, vocabulary: Vocabulary) -> int | None:
+    return None if field is msgspec.UNSET else list(vocabulary.fields).index(field)
 
 
 def item_cells(model: str, counts: CountPlan, vocabulary: Vocabulary) -> np.ndarray:

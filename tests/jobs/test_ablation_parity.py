@@ -20,7 +20,7 @@ import torch
 
 from jobs.encode_items import encode_table
 from jobs.examples import Vocabulary
-from jobs.study.plan import ABLATIONS, Study, Variant, check_study, variants
+from jobs.study.plan import ABLATIONS, Study, check_study, variants
 from jobs.train import DAY_MS, TrainJob, item_cells, plan_training, write_trained
 from models.checkpoint import Checkpoint
 from models.counts import CountPlan
@@ -32,7 +32,7 @@ from models.request import Timeline, collate, collate_timelines, counted
 from models.row import Fold, RowBytes, advance, decode_row, encode_row, new_row
 from models.served import ServedRanker
 from models.timelines import timeline_files, timelines_of
-from models.training import train
+from models.training import train, trained_ranker
 from models.wire import Stamp, pack_recent
 from tests.real_purchases import ACTIONS, bought, vocabulary_of, write_purchases
 
@@ -66,10 +66,13 @@ HOUSEHOLDS, ASKED = 24, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A configuration after its training; using: what makes its rows, None where it has none."""
+    """A configuration after its training: as it ended, and as its checkpoint gives it back.
 
-    variant: Variant
+    using: what makes its rows, None where it has none.
+    """
+
     ranker: Ranker
+    loaded: Ranker
     using: Fold | None
     timelines: Sequence[Timeline]
 
@@ -88,15 +91,13 @@ def trained(request, purchases: pa.Table, tmp_path_factory: pytest.TempPathFacto
     train(plan)
     checkpoint = write_trained(job, plan, vocabulary, {}, folder / "checkpoint")
     cell_MQ = None if job.counts is None else item_cells(job.model, job.counts, vocabulary)
-    ranker = load_ranker(checkpoint, vocabulary.feature_MF, cell_MQ)
-    assert ranker.history.codebook.started
-    using = None
-    if variant.name not in WITHOUT_ROWS:
-        using = encoded(checkpoint, ranker, vocabulary, cell_MQ)
+    loaded = load_ranker(checkpoint, vocabulary.feature_MF, cell_MQ)
+    assert loaded.history.codebook.started
+    has_rows = variant.name not in WITHOUT_ROWS
     return Trained(
-        variant=variant,
-        ranker=ranker,
-        using=using,
+        ranker=trained_ranker(plan),
+        loaded=loaded,
+        using=encoded(checkpoint, loaded, vocabulary, cell_MQ) if has_rows else None,
         timelines=timelines_of(timeline_files(examples)[0])[:ASKED],
     )
 
@@ -128,7 +129,7 @@ def from_rows(of: Trained) -> Iterator[torch.Tensor]:
     rows = [row for timeline in of.timelines for row in rows_before(timeline, of.using)]
     caches = dense_caches(placed(rows, of.using), of.using, torch.device("cpu")).caches
     request = collate([one for timeline in of.timelines for one in timeline.impressions()], 1)
-    for form in (of.ranker, ServedRanker(of.ranker)):
+    for form in (of.loaded, ServedRanker(of.loaded)):
         yield form.from_cache(request.candidate_BC, caches, request.now_ms_B)
 
 
@@ -149,6 +150,7 @@ def test_timelines_and_rows_score_as_raw_histories(trained: Trained, monkeypatch
     wanted = raw(trained, trained.ranker)
     assert wanted.std() > 0.1
     torch.testing.assert_close(in_chunks(trained, trained.ranker), wanted, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(in_chunks(trained, trained.loaded), wanted, atol=TOLERANCE, rtol=0)
     if trained.using is not None:
         for found in from_rows(trained):
             torch.testing.assert_close(found, wanted, atol=TOLERANCE, rtol=0)

@@ -76,10 +76,11 @@ def caches_of(ranker: Ranker, batch, rates: int) -> CacheBatch:
     history, spec = ranker.history, new_spec(rates)
     caches, counts = [], []
     for i in batch:
-        x = ranker.encoder(torch.from_numpy(i.item_L.astype(np.int64)))
+        item_L = torch.from_numpy(i.item_L.astype(np.int64))
+        x = ranker.encoder(item_L)
         value = history.values(x) + history.action_value_AHD[torch.from_numpy(i.action_L.astype(np.int64))]
         events = EncodedEvents(
-            code_NG=history.codes(x).numpy().astype(np.uint16),
+            code_NG=history.codes(x, ranker.encoder.feature_MF[item_L]).numpy().astype(np.uint16),
             value_NHD=value.numpy(),
             time_ms_N=i.time_ms_L,
             weight_N=i.weight_L,
