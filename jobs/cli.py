@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec import UNSET
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -175,6 +176,9 @@ def train(
     count_half_life: CountHalfLives = COUNT_HALF_LIVES,
     groups: Annotated[int, typer.Option(min=1, help="Groups of heads, each with a codebook.")] = 4,
     codewords: Annotated[int, typer.Option(min=2, help="Codewords of each group.")] = 256,
+    category_code: Annotated[
+        str | None, typer.Option(help="The field whose value is the code of the first group, instead of a learned one.")
+    ] = None,
     window: Annotated[int, typer.Option(min=0, help="W: recent events kept raw in a row, at most 2 W.")] = 64,
     newest: Annotated[
         int | None,
@@ -232,6 +236,7 @@ def train(
         patience=patience,
         seed=seed,
         log_version=log_version,
+        category_code=category_code or UNSET,
     )
     check_job(job, checkpoint)
     made = run_training(open_spark(master), job, work, checkpoint, processes)

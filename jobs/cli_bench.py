@@ -159,43 +159,6 @@ def read(
     out.print(f"figures: {output}", soft_wrap=True)
 
 
-@app.command("counts")
-def counts(
-    output: Output,
-    work: Annotated[Path, typer.Option(resolve_path=True, help="Folder for examples and trainings; continued from.")],
-    side: Annotated[list[str], typer.Option(help="Only these sides; repeatable.")] = [],
-    protocol: Annotated[list[str], typer.Option(help="raw or fair; repeatable.")] = ["raw", "fair"],
-    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each side.")] = 2,
-    per_user: Annotated[int, typer.Option(min=1, help="Baskets of a household to train on.")] = 8,
-    ranked_per_user: Annotated[int, typer.Option(min=1, help="Baskets of a household to rank.")] = 3,
-    length: Annotated[int, typer.Option(min=1, help="Events of history per training example.")] = 256,
-) -> None:
-    """What counts are worth: VQL on completejourney without them, with those of rows, and with exact ones.
-
-    [b]none[/b]: vql alone. [b]row[/b]: counts of items and categories, of 7 days and for ever, as rows hold them.
-    [b]exact[/b]: the same without collisions. [b]row_1023_cells[/b]: in fewer cells. [b]row_items[/b]: of items alone.
-    [b]row_never[/b]: for ever alone. [b]no_history_exact, din_50_exact[/b]: rivals with exact counts. [b]bytes[/b]: of
-    a user's counts in a row. Takes a few minutes for each training.
-
-    Example: vql bench counts --work build/counts --output build/bench/counts.json
-    """
-    from jobs.bench import figures_table, write_figures
-    from jobs.bench_counts import SIDES, CountsBench, run_counts_bench, table_columns, table_rows
-
-    plan = CountsBench(
-        sides=tuple(choice("--side", name, tuple(SIDES)) for name in side or SIDES),
-        protocols=tuple(choice("--protocol", name, ("raw", "fair")) for name in protocol),
-        seeds=seeds,
-        per_user=per_user,
-        ranked_per_user=ranked_per_user,
-        length=length,
-    )
-    figures = run_counts_bench(plan, work, out)
-    write_figures(output, figures)
-    out.print(figures_table("counts, on completejourney", table_columns(plan), table_rows(plan, figures)))
-    out.print(f"figures: {output}", soft_wrap=True)
-
-
 @app.command("train")
 def train(
     output: Output,

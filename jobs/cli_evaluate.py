@@ -44,7 +44,10 @@ def evaluate(
     reference: Annotated[str, typer.Option(help="The model that differences are taken from.")] = "vql",
     ablate: Annotated[
         str,
-        typer.Option(help="Also vql with less: groups,codewords,kernel,counts,context,window; commas between."),
+        typer.Option(
+            help="Also vql with less: groups,codewords,kernel,counts,context,window; or with category, where it is the "
+            "code of a group; commas between."
+        ),
     ] = "",
     ladder: Annotated[
         str, typer.Option(help="Ask the trained models at these lengths too, as 20,200,2000; commas between.")

@@ -56,6 +56,8 @@ def _facts(opened: Checkpoint, row_bytes: int | None) -> None:
         "actions": ", ".join(manifest.actions),
         "item fields": ", ".join(manifest.fields),
     }
+    if manifest.category_field is not None:
+        facts["code of group 0"] = manifest.fields[manifest.category_field]
     if manifest.newest_half_life_ms:
         facts["their half-lives by head, days"] = _days(manifest.newest_half_life_ms)
     facts |= {f"training: {name}": str(value) for name, value in manifest.training.items()}

@@ -68,8 +68,9 @@ def encode_table(
     """Items with their embedding rows, and what they are counted as, to a segment's columns."""
     assert isinstance(ranker.history, VqlHistory)
     with torch.inference_mode():
-        x_Nd = ranker.encoder.encode(torch.from_numpy(feature_NF))
-        code_NG = ranker.history.codes(x_Nd).numpy()
+        feature = torch.from_numpy(feature_NF)
+        x_Nd = ranker.encoder.encode(feature)
+        code_NG = ranker.history.codes(x_Nd, feature).numpy()
         value_NV = ranker.history.values(x_Nd).flatten(1).numpy()
     return segment_table(item_ids, code_NG, value_NV, feature_NF, cell_NQ)
 

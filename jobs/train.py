@@ -42,7 +42,8 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     """What to train and on what; versions None read the newest of events and items, and record which that was.
 
     before_ms: events from then on are as if they were not in the log. None: all of them. newest_half_life_ms: of the
-    window over the newest events, for sizes that have one.
+    window over the newest events, for sizes that have one. category_code: the field whose value is the code of group 0;
+    unset, all codes are learned, and nothing that is named by a job has another name than before there was the choice.
     """
 
     log: str
@@ -61,6 +62,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     log_version: int | None = None
     items_version: int | None = None
     before_ms: int | None = None
+    category_code: str | msgspec.UnsetType = msgspec.UNSET
 
 
 @errors_of_workers()
@@ -81,6 +83,15 @@ def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, proc
         pinned.unlink()
         raise
     _distribute(plan, processes)
+    made = write_trained(job, plan, vocabulary, facts, out)
+    pinned.unlink()
+    return made
+
+
+def write_trained(
+    job: TrainJob, plan: TrainPlan, vocabulary: Vocabulary, facts: dict[str, str | int | float], out: Path
+) -> Checkpoint:
+    """The checkpoint of a plan that has run. facts: Manifest.training."""
     manifest = Manifest(
         model=job.model,
         sizes=job.sizes,
@@ -89,14 +100,13 @@ def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, proc
         actions=plan.actions,
         fields=list(vocabulary.fields),
         training=facts,
-        metrics={"train_loss": _last_loss(work)},
+        metrics={"train_loss": _last_loss(Path(plan.work))},
         diagnostics=_diagnostics(plan) if job.model == "vql" else None,
         files={},
         counts=job.counts,
+        category_code=job.category_code,
     )
-    made = write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
-    pinned.unlink()
-    return made
+    return write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
 
 
 def _pin(spark: SparkSession, job: TrainJob, pinned: Path) -> TrainJob:
@@ -134,6 +144,11 @@ def check_job(job: TrainJob, out: Path) -> None:
         raise InputError(f"fields {list(job.fields)}: item_id is always one, and each can be there once")
     if job.counts and (unknown := [f for f in job.counts.fields if f not in ("item_id", *job.fields)]):
         raise InputError(f"counted fields {unknown} are none of item_id and the fields {list(job.fields)}")
+    if job.category_code is not msgspec.UNSET:
+        if job.category_code not in job.fields:
+            raise InputError(f"the category {job.category_code!r} is none of the fields {list(job.fields)}")
+        if job.model.removesuffix(EXACT_COUNTS) != "vql":
+            raise InputError(f"{job.model} has no codes, which a category could be; vql has")
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()):
         raise InputError(f"{out} exists and is no checkpoint; give --checkpoint another path")
 
@@ -196,6 +211,11 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
     write_examples(spark, events, vocabulary, actions, job.examples, examples)
     if count_impressions(timeline_files(examples)) == 0:
         raise InputError(f"{job.log} gives no examples: no user has events at two times and items to draw against")
+    return plan_training(job, examples, work, vocabulary, actions), vocabulary
+
+
+def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabulary, actions: list[str]) -> TrainPlan:
+    """The plan of the run over these examples; what it counts items as is written into its work folder."""
     plan = TrainPlan(
         model=job.model,
         examples=str(examples),
@@ -205,6 +225,7 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
         newest_half_life_ms=[list(head) for head in job.newest_half_life_ms] if job.sizes.newest else [],
         actions=actions,
         field_rows=[len(values) + 1 for values in vocabulary.fields.values()],
+        category_field=_place(job.category_code, vocabulary),
         counts=job.counts,
         length=job.length,
         epochs=job.epochs,
@@ -215,7 +236,11 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
     if job.counts is not None:
         work.mkdir(parents=True, exist_ok=True)
         replace_array(work / CELLS, item_cells(job.model, job.counts, vocabulary))
-    return plan, vocabulary
+    return plan
+
+
+def _place(field: str | msgspec.UnsetType, vocabulary: Vocabulary) -> int | None:
+    return None if field is msgspec.UNSET else list(vocabulary.fields).index(field)
 
 
 def item_cells(model: str, counts: CountPlan, vocabulary: Vocabulary) -> np.ndarray:

@@ -69,7 +69,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """manifest.json. half_life_ms is H x R with null for "never"; actions[0] is "other"; diagnostics: of vql alone.
 
     counts: null where none are kept. newest_half_life_ms: as half_life_ms, of the window over the newest events; empty
-    where there is none.
+    where there is none. category_code: the item field whose value is the code of group 0; absent where all are learned.
     """
 
     model: str
@@ -84,6 +84,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     newest_half_life_ms: list[list[float | None]] = []
     diagnostics: Diagnostics | None = None
     format_version: int = FORMAT_VERSION
+    category_code: str | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def category_field(self) -> int | None:
+        """The place of category_code among the fields. Raises CheckpointError for one that is none of them."""
+        if self.category_code is msgspec.UNSET:
+            return None
+        if self.category_code not in self.fields:
+            raise CheckpointError(f"the codes of {self.category_code!r} are those of none of the fields {self.fields}")
+        return self.fields.index(self.category_code)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,6 +32,7 @@ def load_ranker(
         field_rows=rows,
         counting=manifest.counts,
         newest_half_life_ms=manifest.newest_half_life_ms,
+        category_field=manifest.category_field,
     )
     try:
         history = new_history(manifest.model, shape)

@@ -37,9 +37,9 @@ def diagnose(ranker: Ranker, sample: Impression, seed: int = 0) -> Diagnostics:
         raise TypeError(f"{type(history).__name__} quantises nothing")
     generator = torch.Generator().manual_seed(seed)
     item_U, at_N = torch.unique(torch.from_numpy(sample.item_L).long(), return_inverse=True)
-    exact_UHE = history.keys(ranker.encoder(item_U))
-    exact_UGF = exact_UHE.reshape(len(item_U), history.sizes.groups, -1)
-    code_UG = history.codebook.encode(exact_UGF)
+    exact_UGF, given_U = history.grouped_keys(ranker.encoder, item_U)
+    exact_UHE = exact_UGF.reshape(len(item_U), history.sizes.heads, -1)
+    code_UG = history.codebook.encode(exact_UGF, given_U)
     error_UGF = history.codebook.decode(code_UG) - exact_UGF
     relative_NG = (error_UGF.norm(dim=-1) / exact_UGF.norm(dim=-1))[at_N]
     candidate_1C = torch.from_numpy(sample.candidate_C[None, :CANDIDATES]).long()

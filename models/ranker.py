@@ -53,7 +53,8 @@ CHUNK = 64
 class Shape:
     """All that a ranker is built from: sizes, half-lives (H x R, null: never), actions, rows per item field, counts.
 
-    newest_half_life_ms: those of the window over the newest events, for sizes that have one.
+    newest_half_life_ms: those of the window over the newest events, for sizes that have one. category_field: the item
+    field whose value is the code of group 0, if one is.
     """
 
     sizes: Sizes
@@ -62,6 +63,7 @@ class Shape:
     field_rows: list[int]
     counting: CountPlan | None = None
     newest_half_life_ms: Sequence[Sequence[float | None]] = ()
+    category_field: int | None = None
 
     def without_window(self) -> Shape:
         """All but the window over the newest events."""
@@ -96,13 +98,17 @@ class ItemEncoder(nn.Module):
         self.register_buffer("feature_MF", feature_MF, persistent=False)
 
     def forward(self, item: Int64[torch.Tensor, "*N"]) -> Float[torch.Tensor, "*N d"]:
-        """Vectors of known items by index. In training a few ids, and of half of these all fields, are hidden."""
+        """Vectors of known items by index, of the rows that `features` gives."""
+        return self.encode(self.features(item))
+
+    def features(self, item: Int64[torch.Tensor, "*N"]) -> Int64[torch.Tensor, "*N F"]:
+        """Embedding rows of known items. In training a few ids, and of half of these all fields, are hidden."""
         feature = self.feature_MF[item]
         if self.training:
             draw = torch.rand(item.shape)[..., None]
             hidden = torch.cat([draw < UNKNOWN_SHARE, (draw < UNKNOWN_SHARE / 2).expand_as(feature[..., 1:])], dim=-1)
             feature = torch.where(hidden, 0, feature)
-        return self.encode(feature)
+        return feature
 
     def known(self, item_N: Int64[torch.Tensor, "*N"]) -> Int64[torch.Tensor, "*N"]:
         """The same items, and the unknown one for those beyond the features: a row may hold what was encoded since."""
@@ -133,6 +139,7 @@ class VqlHistory(nn.Module):
         self.kernel = TemporalKernel(shape.half_life_ms)
         group_width = sizes.heads // sizes.groups * sizes.key_width
         self.codebook = Codebook(sizes.groups, sizes.codewords, group_width)
+        self.category_field = shape.category_field
         self.window = Window(sizes, shape.newest_half_life_ms, shape.actions) if sizes.newest else None
         if self.window is not None:
             # As the candidate's own projection does, it starts as the values of the history.
@@ -143,8 +150,9 @@ class VqlHistory(nn.Module):
             return self._of_timelines(candidate_BCd, encoder, request)
         history = request.history
         item_U, at_BL = torch.unique(history.item_BL, return_inverse=True)
-        x_Ud = encoder(item_U)
-        key_UHE, commitment = self._quantised(self.keys(x_Ud))
+        feature_UF = encoder.features(item_U)
+        x_Ud = encoder.encode(feature_UF)
+        key_UHE, commitment = self._quantised(self.keys(x_Ud), self._given(feature_UF))
         value_BLHD = _take(self.values(x_Ud), at_BL) + _take(self.action_value_AHD, history.action_BL)
         bias_BHL = history_bias(self.kernel(), history.time_ms_BL, history.weight_BL, request.now_ms_B)
         out_BCHD = read_history(self.queries(candidate_BCd), _take(key_UHE, at_BL), value_BLHD, bias_BHL)
@@ -160,9 +168,10 @@ class VqlHistory(nn.Module):
         """The same from timelines that impressions share, once the codebook has started."""
         assert self.codebook.started, "exact keys have no states: collate requests until the codebook starts"
         item_U, at_M = torch.unique(batch.item_M, return_inverse=True)
-        x_Ud = encoder(item_U)
+        feature_UF = encoder.features(item_U)
+        x_Ud = encoder.encode(feature_UF)
         key_UHE = self.keys(x_Ud)
-        code_UG = self.codebook.encode(self._grouped(key_UHE))
+        code_UG = self.codebook.encode(self._grouped(key_UHE), self._given(feature_UF))
         straight_UGF, commitment = self.codebook.straight_through(self._grouped(key_UHE), code_UG)
         events = Timelines(
             key_MHE=_take(straight_UGF.reshape(key_UHE.shape), at_M),
@@ -206,9 +215,16 @@ class VqlHistory(nn.Module):
     def values(self, x_Nd: torch.Tensor) -> Float[torch.Tensor, "N H D"]:
         return self.value(x_Nd).unflatten(-1, (self.sizes.heads, self.sizes.value_width))
 
-    def codes(self, x_Nd: torch.Tensor) -> Int64[torch.Tensor, "N G"]:
-        """The codes of items, as the item table holds them."""
-        return self.codebook.encode(self._grouped(self.keys(x_Nd)))
+    def codes(self, x_Nd: torch.Tensor, feature_NF: Int64[torch.Tensor, "N F"]) -> Int64[torch.Tensor, "N G"]:
+        """The codes of items, as the item table holds them, from their vectors and embedding rows."""
+        return self.codebook.encode(self._grouped(self.keys(x_Nd)), self._given(feature_NF))
+
+    def grouped_keys(
+        self, encoder: ItemEncoder, item_N: Int64[torch.Tensor, "N"]
+    ) -> tuple[Float[torch.Tensor, "N G F"], Int64[torch.Tensor, "N"] | None]:
+        """The keys of known items as the codebook has them, and the codes that are given."""
+        feature_NF = encoder.features(item_N)
+        return self._grouped(self.keys(encoder.encode(feature_NF))), self._given(feature_NF)
 
     def codewords(self) -> Float[torch.Tensor, "H K E"]:
         """Each head's slice of its group's codewords."""
@@ -216,8 +232,12 @@ class VqlHistory(nn.Module):
         slices = self.codebook.codeword_GKF.unflatten(-1, (per_group, self.sizes.key_width))
         return slices.transpose(1, 2).flatten(0, 1)
 
-    def _quantised(self, key_UHE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        quantised_UGF, commitment = self.codebook(self._grouped(key_UHE))
+    def _given(self, feature_NF: torch.Tensor) -> torch.Tensor | None:
+        """The codes of group 0, where they are the items' categories: 0 is the unknown one."""
+        return None if self.category_field is None else feature_NF[:, self.category_field] % self.sizes.codewords
+
+    def _quantised(self, key_UHE: torch.Tensor, given_U: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        quantised_UGF, commitment = self.codebook(self._grouped(key_UHE), given_U)
         return quantised_UGF.reshape(key_UHE.shape), commitment
 
     def _grouped(self, key_NHE: torch.Tensor) -> torch.Tensor:

@@ -71,6 +71,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     field_rows: list[int]
     counts: CountPlan | None = None
     newest_half_life_ms: list[list[float | None]] = []
+    category_field: int | None = None
     length: int = 512
     epochs: int = 1
     batch: int = 32
@@ -157,6 +158,7 @@ def new_ranker(plan: TrainPlan) -> Ranker:
         field_rows=plan.field_rows,
         counting=plan.counts,
         newest_half_life_ms=plan.newest_half_life_ms,
+        category_field=plan.category_field,
     )
     features = torch.from_numpy(np.load(Path(plan.examples) / FEATURES))
     cell_MQ = None if plan.counts is None else np.load(Path(plan.work) / CELLS)
@@ -320,8 +322,8 @@ def start_codebook(run: Run) -> None:
     history = ranker.history
     assert isinstance(history, VqlHistory)
     items = torch.randperm(len(ranker.encoder.feature_MF), generator=run.generator)[:KEY_SAMPLE]
-    keys = history.keys(ranker.encoder(items))
-    history.codebook.start(keys.reshape(len(keys), history.sizes.groups, -1), run.generator)
+    keys, given = history.grouped_keys(ranker.encoder, items)
+    history.codebook.start(keys, run.generator, given_N=given)
 
 
 @torch.no_grad()
@@ -334,8 +336,8 @@ def _move_codebook(
         some = torch.randperm(len(items), generator=generator)[:MOVING_ITEMS]
         items, counts = items[some], counts[some]
     if history.codebook.started and len(items):
-        keys = history.keys(ranker.encoder(items))
-        history.codebook.update(keys.reshape(len(keys), history.sizes.groups, -1), counts.float(), generator)
+        keys, given = history.grouped_keys(ranker.encoder, items)
+        history.codebook.update(keys, counts.float(), generator, given)
 
 
 def _resume(run: Run) -> None:

@@ -76,7 +76,7 @@ def folded(ranker: Ranker, checkpoint: Checkpoint) -> Fold:
     table = ItemTable(
         checkpoint_id=checkpoint.checkpoint_id,
         index={},
-        code_MG=history.codes(x_Md).numpy().astype(np.uint16),
+        code_MG=history.codes(x_Md, ranker.encoder.feature_MF).numpy().astype(np.uint16),
         feature_MF=ranker.encoder.feature_MF.numpy(),
         cell_MQ=ranker.cell_MQ.numpy().astype(np.uint16),
         value_MHD=history.values(x_Md).numpy(),

@@ -39,7 +39,7 @@ def _without_context(job: TrainJob) -> TrainJob:
     return msgspec.structs.replace(job, fields=(), counts=counts)
 
 
-# VQL with one thing taken away, or less of it.
+# VQL with one thing taken away, or less of it, or made otherwise.
 ABLATIONS: Mapping[str, Mapping[str, Change]] = {
     "groups": {"vql groups=1": _sizes(groups=1), "vql groups=2": _sizes(groups=2)},
     "codewords": {"vql codewords=32": _sizes(codewords=32), "vql codewords=64": _sizes(codewords=64)},
@@ -50,6 +50,8 @@ ABLATIONS: Mapping[str, Mapping[str, Change]] = {
     },
     "context": {"vql without context": _without_context},
     "window": {"vql without window": _sizes(newest=0)},
+    # The first field of every data set, as for SIM.
+    "category": {"vql category as code": lambda job: msgspec.structs.replace(job, category_code=job.fields[0])},
 }
 
 

@@ -123,6 +123,8 @@ def test_two_processes_train_one_model(spark, shop: Shop, tmp_path: Path) -> Non
         ({"model": "transformer"}, "model 'transformer' is none of vql, full, din_50"),
         ({"fields": ("category", "category")}, "each can be there once"),
         ({"fields": ("item_id",)}, "item_id is always one"),
+        ({"category_code": "item_id"}, r"the category 'item_id' is none of the fields \['category'\]"),
+        ({"category_code": "category", "model": "full"}, "full has no codes, which a category could be; vql has"),
     ],
 )
 def test_settings_that_cannot_be_trained_are_refused_before_anything_is_read(

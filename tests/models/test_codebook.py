@@ -63,3 +63,42 @@ def test_fewer_distinct_keys_than_codewords_is_no_error():
     codebook.start(keys(3).repeat(5, 1, 1), torch.Generator().manual_seed(0))
     assert torch.isfinite(codebook.codeword_GKF).all()
     assert float(codebook(keys(3))[1]) < 1e-10
+
+
+GIVEN = torch.arange(500) % 5
+
+
+def started_with_given() -> Codebook:
+    codebook = Codebook(2, 8, 4)
+    codebook.start(keys(500), torch.Generator().manual_seed(0), given_N=GIVEN)
+    return codebook
+
+
+def test_given_codes_are_those_of_group_0_and_their_codewords_the_means_of_its_keys():
+    codebook = started_with_given()
+    code = codebook.encode(keys(500), GIVEN)
+    assert torch.equal(code[:, 0], GIVEN)
+    assert torch.equal(code[:, 1], codebook.encode(keys(500))[:, 1])
+    assert len(code[:, 1].unique()) == 8
+    for k in range(8):
+        # To no key of the sample the last three are given.
+        wanted = keys(500)[k == GIVEN, 0] if k < 5 else keys(500)[:, 0]
+        torch.testing.assert_close(codebook.codeword_GKF[0, k], wanted.mean(0))
+    quantised, _ = codebook(keys(500), GIVEN)
+    torch.testing.assert_close(quantised[:, 0], codebook.codeword_GKF[0, GIVEN])
+
+
+def test_codewords_of_given_codes_follow_their_keys_and_none_is_revived():
+    codebook, generator = started_with_given(), torch.Generator().manual_seed(1)
+    rare = codebook.codeword_GKF[0, 4].clone()
+    moved, others = keys(500)[GIVEN < 4] + 3, GIVEN[GIVEN < 4]
+    # So many that next to nothing is left of the sums of the one that is not met.
+    for _ in range(3_000):
+        codebook.update(moved, torch.ones(400), generator, others)
+    for k in range(4):
+        torch.testing.assert_close(codebook.codeword_GKF[0, k], moved[others == k, 0].mean(0), atol=1e-4, rtol=0)
+    assert codebook.usage_GK[0, 4] < 1e-10
+    torch.testing.assert_close(codebook.codeword_GKF[0, 4], rare)
+    # Met at last, it is where its keys are at once.
+    codebook.update(keys(500) + 7, torch.ones(500), generator, GIVEN)
+    torch.testing.assert_close(codebook.codeword_GKF[0, 4], (keys(500) + 7)[GIVEN == 4, 0].mean(0))

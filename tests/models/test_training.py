@@ -20,9 +20,9 @@ from models.request import collate
 from models.rivals import HISTORIES
 from models.stopping import auc_within
 from models.timelines import impressions_of, timeline_files
-from models.training import begin, final_parameters, new_ranker, train
+from models.training import begin, final_parameters, new_ranker, train, trained_ranker
 from tests.small import HOUR_MS
-from tests.small_examples import SIZES, repeating_user, small_plan, write_small_examples
+from tests.small_examples import CATEGORIES, SIZES, repeating_user, small_plan, write_small_examples
 
 RUN = """
 import sys, msgspec, torch
@@ -138,6 +138,41 @@ def test_another_seed_gives_others(tmp_path):
     train(first)
     train(second)
     assert not same(final_parameters(first), final_parameters(second))
+
+
+def test_a_category_as_code_has_the_mean_of_its_keys_also_where_the_training_was_resumed(tmp_path, monkeypatch):
+    whole = small_plan(tmp_path, work=str(tmp_path / "whole"), category_field=1)
+    parted = msgspec.structs.replace(whole, work=str(tmp_path / "parted"))
+    train(whole)
+    ranker = trained_ranker(whole)
+    feature, history = ranker.encoder.feature_MF, ranker.history
+    with torch.no_grad():
+        x = ranker.encoder.encode(feature)
+        keys, given = history.grouped_keys(ranker.encoder, torch.arange(len(feature)))
+    assert torch.equal(history.codes(x, feature)[:, 0], feature[:, 1])
+    assert torch.equal(given, feature[:, 1])
+    assert len(history.codes(x, feature)[:, 1].unique()) > CATEGORIES
+    mean = torch.stack([keys[feature[:, 1] == row, 0].mean(dim=0) for row in range(CATEGORIES + 1)])
+    nearest = torch.cdist(history.codebook.codeword_GKF[0, : CATEGORIES + 1], mean).argmin(dim=1)
+    assert torch.equal(nearest, torch.arange(CATEGORIES + 1))
+
+    # Once the codebook has started.
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step", stopped_after(44))
+        with pytest.raises(KeyboardInterrupt):
+            train(parted)
+    train(parted)
+    assert same(final_parameters(whole), final_parameters(parted))
+    assert losses(whole) == losses(parted)
+
+
+def test_more_categories_than_codewords_share_them(tmp_path):
+    sizes = msgspec.structs.replace(SIZES, codewords=3)
+    ranker = new_ranker(small_plan(tmp_path, sizes=sizes, category_field=1))
+    feature = ranker.encoder.feature_MF
+    with torch.no_grad():
+        code = ranker.history.codes(ranker.encoder.encode(feature), feature)
+    assert torch.equal(code[:, 0], feature[:, 1] % 3)
 
 
 @pytest.mark.slow
