@@ -200,6 +200,9 @@ def train(
     seed: int = 0,
     log_version: Annotated[int | None, typer.Option(help="Delta version of the log to read; newest if absent.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda, where products outside of attention are in bfloat16.")
+    ] = "cpu",
     master: Master = LOCAL,
 ) -> None:
     """Train a model on the log and write a checkpoint. After a kill, the same command continues."""
@@ -237,6 +240,7 @@ def train(
         seed=seed,
         log_version=log_version,
         category_code=category_code or UNSET,
+        device=device,
     )
     check_job(job, checkpoint)
     made = run_training(open_spark(master), job, work, checkpoint, processes)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import torch
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -33,6 +34,7 @@ from models.training import TrainPlan, final_parameters, train, trained_ranker
 
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
 DIAGNOSED_EVENTS = 50_000
+DEVICES = ("cpu", "cuda")
 # What the user is after right now: half-lives of the window over the newest events, head by head.
 NEWEST_HALF_LIFE_MS = (HOUR_MS, 6 * HOUR_MS, DAY_MS, 7 * DAY_MS)
 NEWEST = 50
@@ -63,6 +65,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     items_version: int | None = None
     before_ms: int | None = None
     category_code: str | msgspec.UnsetType = msgspec.UNSET
+    device: str = "cpu"
 
 
 @errors_of_workers()
@@ -129,6 +132,10 @@ def _pin(spark: SparkSession, job: TrainJob, pinned: Path) -> TrainJob:
 
 def check_job(job: TrainJob, out: Path) -> None:
     """Refuse before hours of work what cannot be trained, or would write over something that is no checkpoint."""
+    if job.device not in DEVICES:
+        raise InputError(f"--device: {job.device!r} is none of {', '.join(DEVICES)}")
+    if job.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device: 'cuda' cannot be used here: torch finds no GPU; cpu always can")
     for half_life_ms in (job.half_life_ms, *([job.newest_half_life_ms] if job.sizes.newest else [])):
         if len(half_life_ms) != job.sizes.heads:
             raise InputError(f"{len(half_life_ms)} half-lives for {job.sizes.heads} heads; give one per head")
@@ -232,6 +239,8 @@ def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabul
         batch=job.batch,
         patience=job.patience,
         seed=job.seed,
+        device=job.device,
+        bfloat16=job.device != "cpu",
     )
     if job.counts is not None:
         work.mkdir(parents=True, exist_ok=True)
@@ -268,7 +277,7 @@ def _distribute(plan: TrainPlan, processes: int) -> None:
     from pyspark.ml.torch.distributor import TorchDistributor
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    TorchDistributor(num_processes=processes, local_mode=True, use_gpu=False).run(train_alone, plan)
+    TorchDistributor(num_processes=processes, local_mode=True, use_gpu=plan.device != "cpu").run(train_alone, plan)
 
 
 def train_alone(plan: TrainPlan) -> None:

@@ -209,8 +209,13 @@ def masses_now(
 
 def normed_heads(x_NX: Float[torch.Tensor, "*N X"], heads: int) -> Float[torch.Tensor, "*N H E"]:
     """Keys or queries of all heads side by side (X = H * E), layer-normed head by head."""
-    x_NHE = x_NX.unflatten(-1, (heads, -1))
+    x_NHE = in_whole(x_NX).unflatten(-1, (heads, -1))
     return functional.layer_norm(x_NHE, x_NHE.shape[-1:])
+
+
+def in_whole(x: torch.Tensor) -> torch.Tensor:
+    """What autocast made in bfloat16 as float32: logits and weights of events need more than three digits."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def scaled_queries(
@@ -228,8 +233,9 @@ def read_history(
     log_bias_BHL: Float[torch.Tensor, "B H L"],
 ) -> Float[torch.Tensor, "B C H D"]:
     """The plain twin: softmax attention over the raw events. With exact keys, what VQL approximates."""
-    logit_BHCL = torch.einsum("bche,blhe->bhcl", query_BCHE, key_BLHE)
-    return _attend(logit_BHCL, log_bias_BHL, value_BLHD.transpose(1, 2))
+    with torch.autocast(query_BCHE.device.type, enabled=False):
+        logit_BHCL = torch.einsum("bche,blhe->bhcl", query_BCHE, key_BLHE)
+        return _attend(logit_BHCL, log_bias_BHL, value_BLHD.transpose(1, 2))
 
 
 def history_bias(

@@ -52,6 +52,13 @@ def read_timelines(
     chunk: int,
 ) -> Float[torch.Tensor, "B C H D"]:
     """What each impression's candidates see of the events before it. `chunk` changes cost and memory, not a result."""
+    with torch.autocast(asked.query_BCHE.device.type, enabled=False):
+        return _read_timelines(asked, events, codeword_HKE, kernel, chunk)
+
+
+def _read_timelines(
+    asked: Impressions, events: Timelines, codeword_HKE: torch.Tensor, kernel: Kernel, chunk: int
+) -> torch.Tensor:
     dtype, codewords = asked.query_BCHE.dtype, codeword_HKE.shape[1]
     states = States.of(events, Marks.of(asked, chunk), kernel.rate_HR, codewords)
     place_BS, real_BS = _own_chunk(asked, chunk)

@@ -44,7 +44,7 @@ class Codebook(nn.Module):
         self, key_NGF: Float[torch.Tensor, "N G F"], given_N: Int64[torch.Tensor, "N"] | None = None
     ) -> Int64[torch.Tensor, "N G"]:
         """The nearest codeword of each group's key; of group 0 what is given."""
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(key_NGF.device.type, enabled=False):
             # The nearest has the largest product less half its square: with a column of ones that is one product.
             half_GK1 = self.codeword_GKF.square().sum(dim=-1, keepdim=True) / 2
             codeword_GXK = torch.cat([self.codeword_GKF, -half_GK1], dim=-1).transpose(1, 2)
@@ -88,7 +88,7 @@ class Codebook(nn.Module):
         self.codeword_GKF.copy_(key_NGF.mean(dim=0)[:, None])
         for g in range(0 if given_N is None else 1, key_NGF.shape[1]):
             self.codeword_GKF[g] = _spread(key_NGF[:, g], self.codeword_GKF.shape[1], generator)
-        weight_N = torch.ones(len(key_NGF))
+        weight_N = key_NGF.new_ones(len(key_NGF))
         count_GK = self.usage_GK
         for _ in range(sweeps):
             count_GK, sum_GKF = self._assign(key_NGF, weight_N, given_N)
@@ -142,6 +142,6 @@ def _spread(key_NF: torch.Tensor, codewords: int, generator: torch.Generator) ->
     distance_N = (key_NF - key_NF[chosen[0]]).square().sum(dim=1)
     while len(chosen) < codewords:
         # The floor lets a sample with fewer distinct keys than codewords repeat itself instead of failing.
-        chosen.append(int(torch.multinomial(distance_N + 1e-12, 1, generator=generator)))
+        chosen.append(int(torch.multinomial(distance_N.cpu() + 1e-12, 1, generator=generator)))
         distance_N = torch.minimum(distance_N, (key_NF - key_NF[chosen[-1]]).square().sum(dim=1))
     return key_NF[chosen]

@@ -105,7 +105,8 @@ class ItemEncoder(nn.Module):
         """Embedding rows of known items. In training a few ids, and of half of these all fields, are hidden."""
         feature = self.feature_MF[item]
         if self.training:
-            draw = torch.rand(item.shape)[..., None]
+            # Drawn on the CPU, whose generator a run saves.
+            draw = torch.rand(item.shape).to(item.device)[..., None]
             hidden = torch.cat([draw < UNKNOWN_SHARE, (draw < UNKNOWN_SHARE / 2).expand_as(feature[..., 1:])], dim=-1)
             feature = torch.where(hidden, 0, feature)
         return feature

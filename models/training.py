@@ -60,6 +60,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     patience: after so many epochs without a better GAUC of held-out users, the run ends with the parameters of the
     best. 0: all epochs, and no user is held out.
     counts: CELLS in `work` are what items are counted as.
+    bfloat16: what torch's autocast says is done in it; attention, parameters and codewords stay float32.
     """
 
     model: str
@@ -78,6 +79,8 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     events: int = 200_000
     patience: int = 0
     seed: int = 0
+    device: str = "cpu"
+    bfloat16: bool = False
     learning_rate: float = 6e-3
     id_learning_rate: float = 5e-3
     save_every_steps: int = 50
@@ -138,7 +141,7 @@ def train(plan: TrainPlan) -> Path:
 
 def final_parameters(plan: TrainPlan) -> dict[str, np.ndarray]:
     """The trained parameters by name."""
-    state = torch.load(Path(plan.work) / "final.pt", weights_only=True)
+    state = torch.load(Path(plan.work) / "final.pt", weights_only=True, map_location="cpu")
     return {name: tensor.numpy() for name, tensor in state["model"].items()}
 
 
@@ -174,6 +177,7 @@ def begin(plan: TrainPlan, world: int = 1) -> Run:
         shares = islice(batches(first, plan.batch, seed=plan.seed, epoch=0), COUNTED_BATCHES)
         counts = [count_CX for share in shares for count_CX in counted(share, ranker.counter) or []]
         ranker.standardise_counts(torch.from_numpy(np.concatenate(counts)))
+    ranker.to(plan.device)
     return Run(
         plan=plan,
         ranker=ranker,
@@ -278,14 +282,14 @@ def _reads_timelines(ranker: Ranker) -> bool:
 
 def _request(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> Request | TimelineBatch:
     """What the model is asked about a share of a batch."""
-    history = run.ranker.history
+    history, device = run.ranker.history, torch.device(run.plan.device)
     counts = counted(share, run.ranker.counter)
     timelines = [one for one in share if isinstance(one, Timeline)]
     if isinstance(history, VqlHistory) and history.codebook.started:
-        return collate_timelines(timelines, counts)
+        return collate_timelines(timelines, counts).to(device)
     impressions = [one for one in share if isinstance(one, Impression)]
     apart = [*impressions, *(i for timeline in timelines for i in timeline.impressions())]
-    return collate(apart, run.plan.length, counts)
+    return collate(apart, run.plan.length, counts).to(device)
 
 
 def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> tuple[float, float]:
@@ -296,7 +300,9 @@ def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> tuple[fl
     request = _request(run, share)
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    logit_BC, commitment = run.forward(request)
+    with torch.autocast(run.plan.device, torch.bfloat16, enabled=run.plan.bfloat16):
+        logit_BC, commitment = run.forward(request)
+    logit_BC = logit_BC.float()
     error = loss(logit_BC, request.label_BC)
     (error + COMMITMENT * commitment).backward()
     warmth = _warmth(run.step / run.steps)
@@ -321,7 +327,7 @@ def start_codebook(run: Run) -> None:
     ranker = run.ranker
     history = ranker.history
     assert isinstance(history, VqlHistory)
-    items = torch.randperm(len(ranker.encoder.feature_MF), generator=run.generator)[:KEY_SAMPLE]
+    items = torch.randperm(len(ranker.encoder.feature_MF), generator=run.generator)[:KEY_SAMPLE].to(run.plan.device)
     keys, given = history.grouped_keys(ranker.encoder, items)
     history.codebook.start(keys, run.generator, given_N=given)
 
@@ -344,7 +350,7 @@ def _resume(run: Run) -> None:
     path = Path(run.plan.work) / "state.pt"
     if not path.exists():
         return
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     run.ranker.load_state_dict(state["model"])
     for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from jobs.train import (
     DAY_MS,
@@ -41,6 +42,14 @@ train_alone(msgspec.json.decode(sys.stdin.buffer.read(), type=TrainPlan))
 
 
 @pytest.mark.spark
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
+    for device, reason in (("tpu", "none of cpu, cuda"), ("cuda", "finds no GPU")):
+        if device == "cuda" and torch.cuda.is_available():
+            continue
+        with pytest.raises(InputError, match=f"--device: '{device}'.*{reason}"):
+            check_job(TrainJob(log="log", device=device), tmp_path / "checkpoint")
+
+
 def test_a_checkpoint_says_what_it_was_trained_on_and_with(shop: Shop) -> None:
     checkpoint = open_checkpoint(shop.checkpoint)
     manifest = checkpoint.manifest

@@ -73,6 +73,18 @@ def test_the_loss_falls_and_every_step_is_logged(tmp_path, model):
     assert np.mean(found[-10:]) < np.mean(found[:10])
 
 
+def test_products_in_bfloat16_train_the_same_model_nearly(tmp_path):
+    plan = small_plan(tmp_path, epochs=12, counts=COUNTS)
+    half = small_plan(tmp_path, epochs=12, counts=COUNTS, bfloat16=True, work=str(tmp_path / "half"))
+    whole_gauc, half_gauc = trained_gauc(plan), trained_gauc(half)
+    whole, halved = final_parameters(plan), final_parameters(half)
+    assert not same(whole, halved)
+    assert {name: a.dtype for name, a in whole.items()} == {name: a.dtype for name, a in halved.items()}
+    assert abs(whole_gauc - half_gauc) < 0.03
+    # Of three digits, and those of attention whole: the first losses are the same to two.
+    np.testing.assert_allclose(losses(half)[:5], losses(plan)[:5], rtol=0.02)
+
+
 def test_vql_learns_what_no_history_cannot(tmp_path):
     gauc = {model: trained_gauc(small_plan(tmp_path, model, epochs=12)) for model in ("vql", "no_history")}
     assert gauc["vql"] > gauc["no_history"] + 0.1
