@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, wait
+from contextlib import suppress
 
 from models.dense_caches import DenseBatch
 from models.row import RowBytes
@@ -19,27 +20,32 @@ class Filling:
 
     def __init__(self, batch: DenseBatch, threads: Executor) -> None:
         self._batch, self._threads = batch, threads
-        self._parts: dict[int, tuple[Future[None], Sequence[RowBytes | None]]] = {}
+        self._parts: dict[int, tuple[Future[None] | None, Sequence[RowBytes | None]]] = {}
 
     def take(self, first: int, rows: Sequence[RowBytes | None]) -> None:
         """Have these rows filled in soon; the last part by the caller, for whom there is nothing left to receive.
 
-        A part that came before, in a try that failed, is done with first.
+        What came from here on before, in a try that failed, is done with first.
         """
-        if first in self._parts:
-            wait([self._parts[first][0]])
-        if first + len(rows) == len(self._batch.place_B):
-            self._batch.fill(first, rows)
-            return
-        try:
-            self._parts[first] = self._threads.submit(self._batch.fill, first, rows), rows
-        except RuntimeError:  # the threads were shut down: the reader was closed while this read was under way
+        for filled, _ in [self._parts.pop(begun) for begun in list(self._parts) if begun >= first]:
+            if filled is not None and not filled.cancel():
+                wait([filled])
+        filled = None
+        if first + len(rows) != len(self._batch.place_B):
+            # The threads may be shut down: the reader was closed while this read was under way.
+            with suppress(RuntimeError):
+                filled = self._threads.submit(self._batch.fill, first, rows)
+        self._parts[first] = filled, rows
+        if filled is None:
             self._batch.fill(first, rows)
 
-    def finish(self) -> None:
-        """All parts are filled in when this returns; those that no thread has begun by now, by the caller."""
+    def finish(self) -> dict[int, Sequence[RowBytes | None]]:
+        """All parts, by the place of their first row, filled in; those that no thread has begun, by the caller."""
         for first, (filled, rows) in reversed(self._parts.items()):
+            if filled is None:
+                continue
             if filled.cancel():
                 self._batch.fill(first, rows)
             else:
                 filled.result()
+        return {first: rows for first, (_, rows) in self._parts.items()}

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from models.item_table import UNKNOWN
-from models.memory import copy, load_f32, load_i32, load_u16, prefetch
+from models.memory import load_f32, load_i32, load_u16, prefetch
 
 # A sum this much smaller than its terms is rounding error of float32 terms, not mass; where the net count says that
 # every event met its retraction, the rounding of many folds may have added up.
@@ -124,22 +124,6 @@ def _fold_loop(
 fold_kernel = numba.njit(cache=True)(unwrap(_fold_loop))
 
 
-def _clear(mass_X, mean_X, b, first, last, groups, codewords, heads, rates, width):
-    """Codes of user b from first to last, without the last, hold nothing."""
-    while first < last:
-        g = first // codewords
-        end = min(last, (g + 1) * codewords)
-        for h in range(g * heads, (g + 1) * heads):
-            start = ((b * groups * heads + h) * codewords + first - g * codewords) * rates
-            stop = start + (end - first) * rates
-            mass_X[start:stop] = 0.0
-            mean_X[width * start : width * stop] = 0.0
-        first = end
-
-
-_clear = numba.njit(cache=True)(unwrap(_clear))
-
-
 @lru_cache(maxsize=8)
 def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
     """The compiled `fold` of a batch into tensors, for P heads of a group, R rates and D values.
@@ -167,11 +151,11 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
         of the tensors is written.
         """
         groups, codewords = rate_GPR.shape[0], mean_BHKRD.shape[2]
-        mass_X, mean_X, mean_address = mass_BHKR.reshape(-1), mean_BHKRD.reshape(-1), mean_BHKRD.ctypes.data
+        mass_X, mean_X = mass_BHKR.reshape(-1), mean_BHKRD.reshape(-1)
         entries, codes = heads * rates, groups * codewords
         # A touched code has a slot: sums lie close together, however far apart the codes are.
         slot_C, entry_C = np.full(codes, -1, np.int32), np.empty(codes, np.int32)
-        code_S, net_S = np.empty(codes + 1, np.int64), np.empty(codes, np.int64)
+        code_S, group_S, net_S = np.empty(codes + 1, np.int64), np.empty(codes + 1, np.int64), np.empty(codes, np.int64)
         mass_E, gross_E = np.empty(codes * entries), np.empty(codes * entries)
         total_X = np.empty(codes * entries * width)
         decay_GPR = np.empty((groups, heads, rates))
@@ -181,8 +165,10 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
         for b in range(place_B.shape[0]):
             place = place_B[b]
             reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
+            # All of a user's numbers fit in the core's nearest cache: cleared first, what entries write meets it there.
+            mass_BHKR[b] = 0.0
+            mean_BHKRD[b] = 0.0
             if place.status != 0:
-                _clear(mass_X, mean_X, b, 0, codes, groups, codewords, heads, rates, width)
                 continue
             reference_ms, slots = place.reference_ms, 0
             first, last = place.first, place.first + place.events
@@ -201,7 +187,7 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                     code = np.uint32(g * codewords + np.int64(code_MG[event_N[n].item, g]))
                     # Without a branch, which could not be foretold.
                     slot = slot_C[code]
-                    code_S[slots] = code
+                    code_S[slots], group_S[slots] = code, g
                     slot_C[code] = slots if slot < 0 else slot
                     slots += slot < 0
             age_ms = reference_ms - place.reference_ms
@@ -209,41 +195,28 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                 for p in range(heads):
                     for r in range(rates):
                         decay_GPR[g, p, r] = np.exp(-rate_GPR[g, p, r] * age_ms)
-            done = n = 0
-            while n < place.entries:
+            entry_C[:] = -1
+            g, end = 0, codewords
+            for n in range(place.entries):
                 code = np.int64(load_u16(place.codes + 2 * n))
-                g = code // codewords
-                # Neighbours of a group lie side by side on both sides, if the group has one head.
-                run = 1
-                while (
-                    heads == 1
-                    and n + run < place.entries
-                    and code + run < (g + 1) * codewords
-                    and load_u16(place.codes + 2 * (n + run)) == code + run
-                ):
-                    run += 1
-                _clear(mass_X, mean_X, b, done, code, groups, codewords, heads, rates, width)
-                entry_C[done:code] = -1
-                for m in range(run):
-                    entry_C[np.uint32(code + m)] = n + m
-                done = code + run
+                # Codes rise: no division is needed to know their group.
+                while code >= end:
+                    g, end = g + 1, end + codewords
+                entry_C[np.uint32(code)] = n
                 for p in range(heads):
-                    at, h = (n * heads + p) * rates, g * heads + p
-                    to = ((b * groups * heads + h) * codewords + code - g * codewords) * rates
-                    copy(mean_address + 4 * width * to, place.means + 4 * width * at, 4 * width * run * rates)
-                    for m in range(run * rates):
-                        mass = load_f32(place.masses + 4 * (at + m)) * decay_GPR[g, p, m % rates]
-                        if abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED):
-                            mass = 0.0
+                    to = np.uint32((((b * groups + g) * heads + p) * codewords + code + codewords - end) * rates)
+                    at = (n * heads + p) * rates
+                    for r in range(rates):
+                        mass = load_f32(place.masses + 4 * (at + r)) * decay_GPR[g, p, r]
+                        gone = abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED)
+                        mass_X[to + r] = 0.0 if gone else mass
+                        x, y = place.means + 4 * width * (at + r), np.int64(to + r) * width
+                        if not gone:
                             for d in range(width):
-                                mean_X[width * (to + m) + d] = 0.0
-                        mass_X[to + m] = mass
-                n += run
-            _clear(mass_X, mean_X, b, done, codes, groups, codewords, heads, rates, width)
-            entry_C[done:] = -1
+                                mean_X[y + d] = load_f32(x + 4 * d)
             for s in range(slots):
-                code = code_S[s]
-                n, g = entry_C[code], code // codewords
+                code, g = code_S[s], group_S[s]
+                n = entry_C[np.uint32(code)]
                 net_S[s] = load_i32(place.nets + 4 * n) if n >= 0 else 0
                 for p in range(heads):
                     for r in range(rates):
@@ -273,7 +246,7 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                 code = code_S[s]
                 slot_C[code] = -1
                 _settle(mass_E, gross_E, total_X, s, net_S[s], entries, width)
-                g, k = code // codewords, code % codewords
+                g, k = group_S[s], code - group_S[s] * codewords
                 for p in range(heads):
                     for r in range(rates):
                         e = np.uint32((s * heads + p) * rates + r)
