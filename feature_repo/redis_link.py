@@ -32,7 +32,7 @@ BACKOFF_BASE_S, BACKOFF_MAX_S = 0.05, 1.0
 # many whenever it has begun to send: its work on the next lies beside ours on the last.
 COMMANDS_AT_FIRST = 6
 # At least; only the last part has fewer.
-ANSWERS_PER_PART = 12
+ANSWERS_PER_PART = 24
 # What a server says while it fails over or has no quorum; it heals by itself.
 _PASSING = ("MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
 _REMEDIES: tuple[tuple[type[RedisError], str], ...] = (

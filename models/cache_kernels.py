@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from models.item_table import UNKNOWN
-from models.memory import load_f32, load_i32, load_u16, prefetch
+from models.memory import copy, load_f32, load_i32, load_u16, prefetch
 
 # A sum this much smaller than its terms is rounding error of float32 terms, not mass; where the net count says that
 # every event met its retraction, the rounding of many folds may have added up.
@@ -151,8 +151,10 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
         of the tensors is written.
         """
         groups, codewords = rate_GPR.shape[0], mean_BHKRD.shape[2]
-        mass_X, mean_X = mass_BHKR.reshape(-1), mean_BHKRD.reshape(-1)
         entries, codes = heads * rates, groups * codewords
+        # One user's numbers are put together in the nearest cache, and copied at once into memory that is in none.
+        mass_X, mean_X = np.empty(codes * entries, np.float32), np.empty(codes * entries * width, np.float32)
+        mass_address, mean_address = mass_BHKR.ctypes.data, mean_BHKRD.ctypes.data
         # A touched code has a slot: sums lie close together, however far apart the codes are.
         slot_C, entry_C = np.full(codes, -1, np.int32), np.empty(codes, np.int32)
         code_S, group_S, net_S = np.empty(codes + 1, np.int64), np.empty(codes + 1, np.int64), np.empty(codes, np.int64)
@@ -165,11 +167,12 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
         for b in range(place_B.shape[0]):
             place = place_B[b]
             reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
-            # All of a user's numbers fit in the core's nearest cache: cleared first, what entries write meets it there.
-            mass_BHKR[b] = 0.0
-            mean_BHKRD[b] = 0.0
             if place.status != 0:
+                mass_BHKR[b] = 0.0
+                mean_BHKRD[b] = 0.0
                 continue
+            mass_X[:] = 0.0
+            mean_X[:] = 0.0
             reference_ms, slots = place.reference_ms, 0
             first, last = place.first, place.first + place.events
             for n in range(first, last):
@@ -204,16 +207,16 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                     g, end = g + 1, end + codewords
                 entry_C[np.uint32(code)] = n
                 for p in range(heads):
-                    to = np.uint32((((b * groups + g) * heads + p) * codewords + code + codewords - end) * rates)
+                    to = np.uint32(((g * heads + p) * codewords + code + codewords - end) * rates)
                     at = (n * heads + p) * rates
                     for r in range(rates):
                         mass = load_f32(place.masses + 4 * (at + r)) * decay_GPR[g, p, r]
                         gone = abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED)
                         mass_X[to + r] = 0.0 if gone else mass
-                        x, y = place.means + 4 * width * (at + r), np.int64(to + r) * width
+                        x, y = place.means + 4 * width * (at + r), np.uint32((to + r) * width)
                         if not gone:
                             for d in range(width):
-                                mean_X[y + d] = load_f32(x + 4 * d)
+                                mean_X[np.uint32(y + d)] = load_f32(x + 4 * d)
             for s in range(slots):
                 code, g = code_S[s], group_S[s]
                 n = entry_C[np.uint32(code)]
@@ -250,8 +253,8 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                 for p in range(heads):
                     for r in range(rates):
                         e = np.uint32((s * heads + p) * rates + r)
-                        to = np.uint32((((b * groups + g) * heads + p) * codewords + k) * rates + r)
-                        mass, x, y = mass_E[e], np.uint32(e * width), np.int64(to) * width
+                        to = np.uint32(((g * heads + p) * codewords + k) * rates + r)
+                        mass, x, y = mass_E[e], np.uint32(e * width), np.uint32(to * width)
                         if abs(np.float32(mass)) >= np.float32(VANISHED):
                             mass_X[to] = mass
                             for d in range(width):
@@ -260,6 +263,8 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                             mass_X[to] = 0.0
                             for d in range(width):
                                 mean_X[y + d] = 0.0
+            copy(mass_address + b * 4 * mass_X.shape[0], mass_X.ctypes.data, 4 * mass_X.shape[0])
+            copy(mean_address + b * 4 * mean_X.shape[0], mean_X.ctypes.data, 4 * mean_X.shape[0])
             reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
 
     # Errors as numpy's: a check of every divisor would keep the compiler from vectors.
