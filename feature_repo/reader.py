@@ -218,8 +218,7 @@ class Reader:
         because its core has them in its cache.
         """
         using = self.fold
-        batch = DenseBatch(len(user_ids), using, self.device)
-        filling = Filling(batch, self._fillers)
+        filling = Filling(len(user_ids), lambda users: DenseBatch(users, using, self.device), self._fillers)
         try:
             if not self._begun:
                 yield
@@ -230,11 +229,8 @@ class Reader:
         except StoreError as error:
             self._forget(error)
             raise
-        parts, behind = filling.finish(), []
-        if self.limits.deadline_s is not None:
-            for first, rows in parts.items():
-                at = slice(first, first + len(rows))
-                behind += [first + b for b in self._kept.renew(user_ids[at], rows, batch.place_B[at])]
+        rows, batch = filling.finish(), filling.batch
+        behind = [] if self.limits.deadline_s is None else self._kept.renew(user_ids, rows, batch.place_B)
         for b, row in zip(behind, self._kept.get([user_ids[b] for b in behind]), strict=True):
             if row is not None:
                 batch.fill(b, [row])

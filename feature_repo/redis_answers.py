@@ -126,7 +126,7 @@ class PairAnswers:
 
     def _begin_block(self, size_bytes: int) -> None:
         self._block = np.empty(size_bytes, np.uint8)
-        self._view, self._address = memoryview(self._block), self._block.ctypes.data
+        self._view, self._address = memoryview(self._block), self._block.__array_interface__["data"][0]
         self._begin = self._end = 0
 
     def _refuse(self) -> None:

@@ -146,6 +146,8 @@ class RedisLink:
                 socket.settimeout(wait_s)
                 if send_at <= len(answers) and sent < len(commands):
                     socket.sendall(b"".join(map(packed, commands[sent : sent + together])))
+                    if sent == 0:
+                        take(0, 0, answers)
                     sent, together, send_at = sent + together, 2 * together, sent + 1
                 try:
                     size_bytes = socket.recv_into(answers.room())

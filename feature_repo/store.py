@@ -97,7 +97,8 @@ class RowStore(Protocol):
         """`get_rows` for who has a deadline: it yields where it may take long, and at until_s (by time.monotonic).
 
         The rest may then be another thread's (`run_out`). `take` gets the rows in parts as they come, each with the
-        place of its first. A try that failed begins again, and only at the end is it sure that they are this store's.
+        place of its first; and none of them when they are asked for, since there is time then. A try that failed
+        begins again, and only at the end is it sure that they are this store's.
         """
         ...
 

@@ -78,6 +78,18 @@ class StoredRows(Sequence[RowBytes | None]):
         sizes = [size for row in rows for size in ((-1, -1) if row is None else (len(row.folded), len(row.recent)))]
         return cls(parts, addresses(parts), np.array(sizes, np.int64))
 
+    @classmethod
+    def joined(cls, several: Sequence[Sequence[RowBytes | None]]) -> StoredRows:
+        """All of these in one, without a copy."""
+        stored = [cls.of(rows) for rows in several]
+        if len(stored) == 1:
+            return stored[0]
+        address_P, size_P = (
+            np.concatenate([np.empty(0, np.int64), *each])
+            for each in ([rows.address_P for rows in stored], [rows.size_P for rows in stored])
+        )
+        return cls([part for rows in stored for part in rows.parts], address_P, size_P)
+
     def __len__(self) -> int:
         return len(self.parts) // 2
 

@@ -37,7 +37,7 @@ def test_parts_are_filled_in_whatever_the_thread_is_at(rows, fold: Fold, state: 
             threads.submit(free.wait, 30)
         if state == "shut down":
             threads.shutdown()
-        filling = Filling(batch, threads)
+        filling = Filling(len(rows), lambda _: batch, threads)
         for first in range(0, len(rows), 2):
             filling.take(first, rows[first : first + 2])
         filling.finish()
@@ -48,7 +48,7 @@ def test_parts_are_filled_in_whatever_the_thread_is_at(rows, fold: Fold, state: 
 def test_a_part_that_comes_again_counts_as_it_came_last(rows, fold: Fold):
     batch = DenseBatch(len(rows), fold, CPU)
     with ThreadPoolExecutor(2) as threads:
-        filling = Filling(batch, threads)
+        filling = Filling(len(rows), lambda _: batch, threads)
         filling.take(0, [rows[1]] * (len(rows) - 1))
         filling.take(0, rows[:-1])
         filling.take(len(rows) - 1, rows[-1:])
@@ -58,7 +58,7 @@ def test_a_part_that_comes_again_counts_as_it_came_last(rows, fold: Fold):
 
 def test_what_goes_wrong_in_a_thread_is_the_callers_to_know(rows, fold: Fold):
     with ThreadPoolExecutor(1) as threads:
-        filling = Filling(DenseBatch(len(rows), fold, CPU), threads)
+        filling = Filling(len(rows), lambda users: DenseBatch(users, fold, CPU), threads)
         filling.take(len(rows) - 1, rows)  # beyond the batch
         with pytest.raises(AssertionError, match="rows from"):
             filling.finish()
