@@ -164,7 +164,9 @@ def test_a_connection_that_is_open_is_read_by_the_caller_itself(
 
     monkeypatch.setattr(reader, "_hand_over", refuse)
     for _ in range(reader.limits.waiting_max + 1):
-        assert_same(reader.read(user_ids).caches, first.caches)
+        read = reader.read(user_ids)
+        assert (read.missing, read.stale) == ({}, {})
+        assert_same(read.caches, first.caches)
     with pytest.raises(AssertionError, match="a thread was asked"):
         asyncio.run(reader.read_async(user_ids))
     reader.close()
