@@ -57,8 +57,8 @@ class KeptRows:
         now_s, behind = self._clock(), []
         statuses = place_B["status"].tolist()
         with self._turn:
-            columns = zip(user_ids, rows, statuses, stamps(place_B), strict=True)
-            for b, (user_id, row, status, order) in enumerate(columns):
+            columns = zip(user_ids, statuses, stamps(place_B), strict=True)
+            for b, (user_id, status, order) in enumerate(columns):
                 kept = self._rows.get(user_id)
                 if status == SOUND:
                     if kept is not None and kept.order == order:
@@ -66,7 +66,8 @@ class KeptRows:
                     elif kept is not None and order < kept.order and now_s - kept.read_s <= self._kept_s:
                         behind.append(b)
                     else:
-                        self._put(user_id, _Kept(row, order, now_s))
+                        # Only now a row that lies in larger memory is copied.
+                        self._put(user_id, _Kept(rows[b], order, now_s))
                 elif status == ABSENT and kept is not None:
                     del self._rows[user_id]
         return behind

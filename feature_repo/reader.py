@@ -8,8 +8,9 @@ A store that is slower than the deadline, or away, makes no error: users get the
 are masked as "late". A store that is lost is another matter: empty, it would make every user new. It is refused until
 it holds a backfill or committed positions, and what was read from the lost one is forgotten.
 
-The store is asked by a thread in both forms, `read` and `read_async`, because only so the deadline bounds the whole
-call: a socket's timeout is for each of its many receives, and begins anew with every part of a slow answer.
+`read` asks the store in the caller's own thread for as long as that is sure to end by the deadline. What has to
+connect, or is late, goes on in another thread, so that a late answer is at least kept. `read_async` has a
+thread do all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from feature_repo.filling import Filling
 from feature_repo.kept_rows import KeptRows
 from feature_repo.opened import Opened
 from feature_repo.reader_metrics import ReaderMetrics
-from feature_repo.store import RowStore
+from feature_repo.store import RowStore, run_out
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
 from models.dense_caches import DenseBatch, DenseCaches, compile_kernels
@@ -143,16 +144,17 @@ class Reader:
         started_s, fetched = time.perf_counter(), None
         with self._lateness():
             if self.limits.deadline_s is None:
-                fetched = self._fetch(user_ids)
-            elif (asked := self._ask(user_ids)) is not None:
-                fetched = asked.result(self.limits.deadline_s)
+                fetched = run_out(self._fetch(user_ids))
+            elif self._waiting.acquire(blocking=False):
+                fetched = self._fetch_in_time(user_ids, time.monotonic() + self.limits.deadline_s)
         return self._answer(user_ids, fetched, started_s)
 
     async def read_async(self, user_ids: Sequence[str]) -> Read:
         """`read` for an event loop, which is free meanwhile."""
         started_s, fetched = time.perf_counter(), None
         with self._lateness():
-            if (asked := self._ask(user_ids)) is not None:
+            if self._waiting.acquire(blocking=False):
+                asked = self._hand_over(self._fetch(list(user_ids)))
                 fetched = await asyncio.wait_for(asyncio.wrap_future(asked), self.limits.deadline_s)
         return self._answer(user_ids, fetched, started_s)
 
@@ -186,31 +188,48 @@ class Reader:
             self.metrics.refuse()
             raise
 
-    def _ask(self, user_ids: Sequence[str]) -> Future[_Fetched] | None:
-        """Have a thread make the caches; None when as many as may wait already do.
+    def _fetch_in_time(self, user_ids: Sequence[str], until_s: float) -> _Fetched:
+        """The caches, from this thread where that is sure not to take longer. Raises TimeoutError at until_s."""
+        fetching, handed_over = self._fetch(list(user_ids), until_s), False
+        try:
+            next(fetching)
+            handed_over = True
+        except StopIteration as end:
+            return end.value
+        finally:
+            if not handed_over:
+                self._waiting.release()
+        return self._hand_over(fetching).result(max(0.0, until_s - time.monotonic()))
 
-        The tensors too: made by the thread that received the rows, whose core has them in its cache.
-        """
-        if not self._waiting.acquire(blocking=False):
-            return None
-        asked = self._threads.submit(self._fetch, list(user_ids))
+    def _hand_over(self, fetching: Fetching) -> Future[_Fetched]:
+        """Have a thread do the rest, one of those that may wait."""
+        try:
+            asked = self._threads.submit(run_out, fetching)
+        except BaseException:
+            self._waiting.release()
+            raise
         asked.add_done_callback(lambda _: self._waiting.release())
         return asked
 
-    def _fetch(self, user_ids: Sequence[str]) -> _Fetched:
-        """The caches from the store's rows. Who waited may have gone: then the rows are at least kept."""
+    def _fetch(self, user_ids: Sequence[str], until_s: float | None = None) -> Fetching:
+        """The caches from the store's rows; yields as `RowStore.reading`.
+
+        Who waited may have gone: then the rows are at least kept. The thread that receives rows makes their tensors,
+        because its core has them in its cache.
+        """
         using = self.fold
-        batch = DenseBatch(len(user_ids), using, self.device)
-        filling = Filling(batch, self._fillers)
+        filling = Filling(len(user_ids), lambda users: DenseBatch(users, using, self.device), self._fillers)
         try:
-            self.require_filled()
-            rows = self.rows.get_rows(using.spec.checkpoint_id, user_ids, filling.take)
+            if not self._begun:
+                yield
+                self.require_filled()
+            yield from self.rows.reading(using.spec.checkpoint_id, user_ids, filling.take, until_s)
         except UnavailableError:
             raise
         except StoreError as error:
             self._forget(error)
             raise
-        filling.finish()
+        rows, batch = filling.finish(), filling.batch
         behind = [] if self.limits.deadline_s is None else self._kept.renew(user_ids, rows, batch.place_B)
         for b, row in zip(behind, self._kept.get([user_ids[b] for b in behind]), strict=True):
             if row is not None:
@@ -263,6 +282,9 @@ class Reader:
         batch = DenseBatch(len(rows), self.fold, self.device)
         batch.fill(0, rows)
         return _fetched(batch, stale, LATE)
+
+
+Fetching = Generator[None, None, _Fetched]
 
 
 def _fetched(batch: DenseBatch, stale: dict[str, str], absent: str = ABSENT) -> _Fetched:

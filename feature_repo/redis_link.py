@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,13 +22,17 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
+from feature_repo.redis_answers import PairAnswers, packed
 from feature_repo.redis_scripts import SCRIPTS, Script
 from feature_repo.redis_settings import RedisSettings
 from models.errors import StoreError, UnavailableError
 
 BACKOFF_BASE_S, BACKOFF_MAX_S = 0.05, 1.0
-# A part costs a twentieth of a millisecond, wherever it is taken.
-ANSWERS_PER_PART = 50
+# A server answers all commands that it has before it sends any of the answers. So it gets a few first, then twice as
+# many whenever it has begun to send: its work on the next lies beside ours on the last.
+COMMANDS_AT_FIRST = 6
+# At least; only the last part has fewer.
+ANSWERS_PER_PART = 24
 # What a server says while it fails over or has no quorum; it heals by itself.
 _PASSING = ("MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
 _REMEDIES: tuple[tuple[type[RedisError], str], ...] = (
@@ -51,7 +56,11 @@ class RedisLink:
         # The address without its path names the server in messages; it can hold no password.
         self.name = urlsplit(settings.url).netloc or settings.url
         self._tls = settings.url.startswith("rediss:")
-        self._retry = Retry(ExponentialWithJitterBackoff(cap=BACKOFF_MAX_S, base=BACKOFF_BASE_S), settings.retries)
+        self._timeout_s, self._retries = settings.timeout_s, settings.retries
+        self._backoff = ExponentialWithJitterBackoff(cap=BACKOFF_MAX_S, base=BACKOFF_BASE_S)
+        self._retry = Retry(self._backoff, settings.retries)
+        # Connections on which all was taken, for the next `fetch`: it then knows that it need not connect.
+        self._idle: list[redis.Connection] = []
         # Retries are made here, for the whole round trip: within redis-py they would multiply at each level.
         self._client = redis.Redis.from_url(settings.url, **settings.client(), retry=Retry(NoBackoff(), 0))
 
@@ -72,20 +81,97 @@ class RedisLink:
             raise self._explained(error) from error
         return answers
 
-    def fetch(self, commands: Sequence[tuple[Any, ...]], take: Callable[[int, list[Any]], None]) -> list[Any]:
-        """`run` for commands whose answers are taken as they come (GET, MGET, HMGET): redis-py's pipeline costs more
-        Python per command than its row costs the server.
+    def fetch(
+        self, commands: Sequence[Sequence[bytes]], take: Callable[[int, int, PairAnswers], None], until_s: float | None
+    ) -> Generator[None, None, PairAnswers]:
+        """The answers to commands that each ask for two strings (HMGET, MGET), in one read.
 
-        `take` gets the answers in parts, each with the number of its first, while the server sends the next. A try
-        that failed is made again from the first.
+        `take` gets them in parts as they come: from which one on to which one without it. A try that failed is made
+        again from the first. Yields where it may take long from here on: it has no connection yet, or lost it, or
+        until_s (by time.monotonic) has come; the rest may be another thread's.
         """
+        failures = 0
+        while True:
+            try:
+                connection = self._warm()
+                if connection is None:
+                    yield
+                    connection = self._client.connection_pool.get_connection()
+                return (yield from self._exchange(connection, commands, take, until_s))
+            except (RedisError, OSError) as error:
+                failures += 1
+                passing = isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError) and _may_pass(error)
+                if not passing or failures > self._retries:
+                    raise self._explained(error) from error
+            yield
+            time.sleep(self._backoff.compute(failures))
+
+    def _warm(self) -> redis.Connection | None:
+        """A connection that answers were taken from before, if one is free and as it was left."""
+        while self._idle:
+            try:
+                connection = self._idle.pop()
+            except IndexError:  # another thread took it
+                return None
+            try:
+                if connection._sock is not None and not connection.can_read():
+                    return connection
+            except (RedisError, OSError):
+                pass
+            self._drop(connection)
+        return None
+
+    def _drop(self, connection: redis.Connection) -> None:
+        """Answers left unread would be taken for the next commands'."""
+        connection.disconnect()
+        self._client.connection_pool.release(connection)
+
+    def _exchange(
+        self,
+        connection: redis.Connection,
+        commands: Sequence[Sequence[bytes]],
+        take: Callable[[int, int, PairAnswers], None],
+        until_s: float | None,
+    ) -> Generator[None, None, PairAnswers]:
+        answers, taken, sent, together, send_at = PairAnswers(len(commands)), 0, 0, COMMANDS_AT_FIRST, 0
+        # redis-py connects, authenticates and speaks TLS; of these answers its own parser sees nothing.
+        socket = connection._sock
         try:
-            return self._retry.call_with_retry(lambda: self._exchange(commands, take), lambda _: None, _may_pass)
-        except (RedisError, OSError) as error:
-            raise self._explained(error) from error
+            while taken < len(commands):
+                wait_s = self._timeout_s if until_s is None else until_s - time.monotonic()
+                if wait_s <= 0:
+                    until_s = None
+                    yield
+                    continue
+                socket.settimeout(wait_s)
+                if send_at <= len(answers) and sent < len(commands):
+                    socket.sendall(b"".join(map(packed, commands[sent : sent + together])))
+                    if sent == 0:
+                        take(0, 0, answers)
+                    sent, together, send_at = sent + together, 2 * together, sent + 1
+                try:
+                    size_bytes = socket.recv_into(answers.room())
+                except TimeoutError:
+                    if until_s is None:
+                        raise
+                    continue
+                if size_bytes == 0:
+                    raise redis.ConnectionError("connection closed by server")
+                answers.received(size_bytes)
+                there = len(answers)
+                if there - taken >= ANSWERS_PER_PART or there == len(commands):
+                    take(taken, there, answers)
+                    taken = there
+        except BaseException:
+            self._drop(connection)
+            raise
+        self._idle.append(connection)
+        return answers
 
     def close(self) -> None:
         """Give the connections back; a later call makes new ones."""
+        while (connection := self._warm()) is not None:
+            self._drop(connection)
         self._client.close()
         self._client.connection_pool.disconnect()
 
@@ -97,24 +183,6 @@ class RedisLink:
         for command in commands:
             pipeline.execute_command(*command)
         return pipeline.execute(raise_on_error=False)
-
-    def _exchange(self, commands: Sequence[tuple[Any, ...]], take: Callable[[int, list[Any]], None]) -> list[Any]:
-        pool = self._client.connection_pool
-        connection = pool.get_connection()
-        try:
-            connection.send_packed_command(connection.pack_commands(commands))
-            answers: list[Any] = []
-            for first in range(0, len(commands), ANSWERS_PER_PART):
-                part = [connection.read_response() for _ in commands[first : first + ANSWERS_PER_PART]]
-                answers += part
-                take(first, part)
-            return answers
-        except BaseException:
-            # Answers left unread would be taken for the next commands'.
-            connection.disconnect()
-            raise
-        finally:
-            pool.release(connection)
 
     def _explained(self, error: RedisError | OSError) -> StoreError:
         for kind, remedy in _REMEDIES:

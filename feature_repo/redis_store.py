@@ -22,13 +22,14 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import msgspec
 
+from feature_repo.redis_answers import PairAnswers
 from feature_repo.redis_link import RedisLink, run_script
 from feature_repo.redis_scripts import (
     CHECKPOINTS,
@@ -44,7 +45,7 @@ from feature_repo.redis_scripts import (
 )
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.redis_state import server_state
-from feature_repo.store import Backfill, Progress, RowPut, TakeRows
+from feature_repo.store import Backfill, Progress, RowPut, TakeRows, run_out
 from models.errors import InputError, StoreError
 from models.row import RowBytes
 from models.wire import Stamp
@@ -57,8 +58,6 @@ TALLY_KEPT_S = 30 * 86_400
 
 
 _log = logging.getLogger(__name__)
-
-Send = Callable[[Sequence[tuple[Any, ...]]], list[Any]]
 
 
 class RedisRows:
@@ -77,26 +76,26 @@ class RedisRows:
     def __reduce__(self):
         return RedisRows, (self.settings,)
 
-    def get_rows(
-        self, checkpoint_id: str, user_ids: Sequence[str], take: TakeRows | None = None
-    ) -> list[RowBytes | None]:
+    def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
+        rows: list[RowBytes | None] = []
+        run_out(self.reading(checkpoint_id, user_ids, lambda _, part: rows.extend(part)))
+        return rows
+
+    def reading(
+        self, checkpoint_id: str, user_ids: Sequence[str], take: TakeRows, until_s: float | None = None
+    ) -> Generator[None, None, None]:
         opened = self._open()
-        rows: list[RowBytes | None] = [None] * len(user_ids)
         for start in range(0, len(user_ids), USERS_PER_READ):
             users = user_ids[start : start + USERS_PER_READ]
 
-            def received(first: int, answers: list[Any], start: int = start, users: Sequence[str] = users) -> None:
+            def taken(first: int, last: int, answers: PairAnswers, start: int = start, count: int = len(users)) -> None:
                 # The last answer of all is not a row but the store's name.
-                pairs = answers[: len(users) - first]
-                # Half a row is no row of ours; its reader will say so.
-                part = [None if f is None else RowBytes(folded=f, recent=r or b"") for f, r in pairs]
-                rows[start + first : start + first + len(part)] = part
-                if take is not None and part:
-                    take(start + first, part)
+                if first < count:
+                    take(start + first, answers.rows(first, min(last, count)))
 
-            commands = [("HMGET", row_key(checkpoint_id, user_id), b"f", b"r") for user_id in users]
-            opened.ask(commands, partial(opened.link.fetch, take=received))
-        return rows
+            yield from opened.reading(
+                [(b"HMGET", row_key(checkpoint_id, u), b"f", b"r") for u in users], taken, until_s
+            )
 
     def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
         if not puts:
@@ -201,6 +200,19 @@ class RedisRows:
         return opened
 
 
+class _Known(NamedTuple):
+    """What a process knows of the store before it asks."""
+
+    generation: bytes | None
+    tally: bytes | None
+    puts: int
+
+    @property
+    def command(self) -> tuple[bytes, ...]:
+        """What asks for the same."""
+        return b"MGET", GENERATION, self.tally or GENERATION
+
+
 class _Opened:
     """One process's dealings with the store, from its first call to `close`: it notices when the store is lost."""
 
@@ -212,12 +224,27 @@ class _Opened:
         self._puts = 0  # acknowledged
         self._writing = threading.Lock()
 
-    def ask(self, commands: Sequence[tuple[Any, ...]], send: Send | None = None) -> list[Any]:
+    def ask(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """The answers, which all come from the store that was opened and not from an earlier state of it."""
-        # Read behind the rows, and compared with what was known before them: other threads go on meanwhile.
-        known, tally, puts = self._generation, self._tally, self._puts
-        named = ("MGET", GENERATION, tally or GENERATION)
-        *answers, (generation, stored) = (send or self.link.run)([*commands, named])
+        known = self._known()
+        *answers, named = self.link.run([*commands, known.command])
+        self._compare(known, named)
+        return answers
+
+    def reading(
+        self, commands: Sequence[Sequence[bytes]], take: Callable[[int, int, PairAnswers], None], until_s: float | None
+    ) -> Generator[None, None, None]:
+        """`ask`, as `RedisLink.fetch` does it; `take` gets the store's name as the last answer."""
+        known = self._known()
+        answers = yield from self.link.fetch([*commands, known.command], take, until_s)
+        self._compare(known, answers.pair(len(commands)))
+
+    def _known(self) -> _Known:
+        # Its command is answered behind the rows, and compared with what was known before them: other threads go on.
+        return _Known(self._generation, self._tally, self._puts)
+
+    def _compare(self, before: _Known, named: Sequence[bytes | None]) -> None:
+        (known, tally, puts), (generation, stored) = before, named
         if known is None:
             self._generation = self._generation or generation
         elif generation != known:
@@ -230,7 +257,6 @@ class _Opened:
                 f"online store {self.link.name} went back to an earlier state (a restart or failover lost its last "
                 "writes); start this program again: it goes on from what the store holds"
             )
-        return answers
 
     def begin_to_write(self) -> None:
         """Name the store if it is new, and begin a tally in it."""

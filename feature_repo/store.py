@@ -12,8 +12,8 @@ a user's events from the first) only needs the greater stamp.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -22,6 +22,7 @@ from models.row import Row, RowBytes, encode_row
 from models.wire import Stamp, encode_recents
 
 TakeRows = Callable[[int, Sequence[RowBytes | None]], None]
+Result = TypeVar("Result")
 
 
 class RowPut(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -86,13 +87,18 @@ class RowStore(Protocol):
     between threads, picklable (the copy opens the store anew), usable after a fork.
     """
 
-    def get_rows(
-        self, checkpoint_id: str, user_ids: Sequence[str], take: TakeRows | None = None
-    ) -> list[RowBytes | None]:
-        """The rows in the order of user_ids, in one read; None for absent and expired users.
+    def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
+        """The rows in the order of user_ids, in one read; None for absent and expired users."""
+        ...
 
-        `take` gets them as well, in parts as they come, each with the place of its first. A part may come again, and
-        only when the call has returned is it sure that they are this store's.
+    def reading(
+        self, checkpoint_id: str, user_ids: Sequence[str], take: TakeRows, until_s: float | None = None
+    ) -> Generator[None, None, None]:
+        """`get_rows` for who has a deadline: it yields where it may take long, and at until_s (by time.monotonic).
+
+        The rest may then be another thread's (`run_out`). `take` gets the rows in parts as they come, each with the
+        place of its first; and none of them when they are asked for, since there is time then. A try that failed
+        begins again, and only at the end is it sure that they are this store's.
         """
         ...
 
@@ -146,6 +152,15 @@ class RowStore(Protocol):
     def remove(self) -> None:
         """Erase the store: every checkpoint's rows, positions and records."""
         ...
+
+
+def run_out(steps: Generator[None, None, Result]) -> Result:
+    """Do the rest of these steps, however long they take."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
 
 
 def bind_topic(rows: RowStore, checkpoint_id: str, epoch: int, topic_id: str, partitions: int) -> None:

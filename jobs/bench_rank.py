@@ -11,7 +11,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from feature_repo.reader import Reader, ReadLimits
 from feature_repo.redis_settings import RedisSettings
 from jobs.bench import machine, versions
 from jobs.bench_load import ITEMS
-from jobs.bench_rank_sides import Side, bench_shape, scoring_checkpoint
+from jobs.bench_rank_sides import Side, bench_shape, scoring_checkpoint, shipped_shape
 from jobs.bench_rank_timing import Ask, Latency, from_clients, one_at_a_time
 from jobs.bench_rank_users import SIDES, ask, fill_users, make_sides, require_equal, user_id
 from jobs.local_servers import RedisServer, running_redis
-from jobs.scoring import load_scorer, placed
+from jobs.scoring import Scorer, load_scorer, placed
 from models.checkpoint import Sizes
+from models.ranker import Shape
 
 # Rows are read as `vql serve` reads them, by a thread with a deadline, but never late: kernels are compiled meanwhile.
 DEADLINE_S = 120.0
@@ -77,16 +78,21 @@ def run_rank_bench(plan: RankBench, console: Console) -> dict[str, Any]:
         folder = Path(name)
         (folder / "redis").mkdir()
         console.print("starting Redis, making histories", style="dim")
-        with running_redis(folder / "redis") as server, server.client() as client:
-            opened = Opened(scoring_checkpoint(folder / "checkpoint", shape))
-            store = StoreHandle(state=folder, redis=RedisSettings(url=server.url)).for_reader(DEADLINE_S).open()
-            with closing(Reader(store, opened, ReadLimits(deadline_s=DEADLINE_S), placement.device)) as reader:
-                made = make_sides(load_scorer(opened.checkpoint, reader.fold, reader, placement), client, shape)
-                lengths = sorted({*plan.raced_lengths, plan.clients_length})
-                row_bytes = fill_users(lengths, plan.users, reader.fold, store, made)
-                rng = np.random.default_rng(0)
-                require_equal(made, [ask(rng, user_id(min(plan.lengths), user), 20) for user in range(2)])
-                figures = _figures(plan, made.sides, server, console)
+        with running_redis(folder / "redis") as server, server.client() as client, ExitStack() as opened:
+
+            def scorer(name: str, shape: Shape) -> Scorer:
+                checkpoint = Opened(scoring_checkpoint(folder / name, shape))
+                store = StoreHandle(state=folder, redis=RedisSettings(url=server.url)).for_reader(DEADLINE_S).open()
+                reader = Reader(store, checkpoint, ReadLimits(deadline_s=DEADLINE_S), placement.device)
+                opened.enter_context(closing(reader))
+                return load_scorer(checkpoint.checkpoint, reader.fold, reader, placement)
+
+            made = make_sides(scorer("vql", shape), scorer("shipped", shipped_shape(Sizes())), client, shape)
+            lengths = sorted({*plan.raced_lengths, plan.clients_length})
+            row_bytes = fill_users(lengths, plan.users, made)
+            rng = np.random.default_rng(0)
+            require_equal(made, [ask(rng, user_id(min(plan.lengths), user), 20) for user in range(2)])
+            figures = _figures(plan, made.sides, server, console)
             on_server = client.info("server")["redis_version"]
     return figures | {
         "row_bytes": row_bytes,

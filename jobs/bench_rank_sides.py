@@ -1,9 +1,10 @@
 """The sides of `vql bench rank`: users' candidates scored from what a store holds of the users, fetch included.
 
-All sides share the frame (item encoder, head) and the checkpoint, have what depends on items alone in memory, and read
-from the same Redis. VQL's is `jobs.scoring.Scorer`, the product's own. A rival's is `Rival`: one string for each user
-by MGET, then a user at a time. Raw events are the 24-byte records of a row's recent part. Parameters are random: what
-scoring costs depends on sizes, not on what was learned.
+All sides but `vql_shipped` share the frame (item encoder, head) and the checkpoint; all have what depends on items
+alone in memory, and read from the same Redis. VQL's is `jobs.scoring.Scorer`, the product's own; beside the rivals it
+has neither a window nor counts, as they have none. A rival's is `Rival`: one string for each user by MGET, then a user
+at a time. Raw events are the 24-byte records of a row's recent part. Parameters are random: what scoring costs depends
+on sizes, not on what was learned.
 
 Shapes: as in models.ranker; L events of a history.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,17 +21,21 @@ import numpy as np
 import pyarrow.parquet as pq
 import redis
 import torch
+from msgspec import structs
 from torch import nn
 from torch.nn import functional
 
 from jobs.bench_load import ACTIONS, DAY_MS, ITEMS
+from jobs.cli_options import COUNT_HALF_LIVES
 from jobs.encode_items import encode_table
 from jobs.scoring import Asked, Scored, Scores
+from jobs.train import NEWEST, parse_counts, parse_newest_half_lives
 from models.attention import history_bias
 from models.checkpoint import Checkpoint, Manifest, Sizes, write_checkpoint
+from models.counts import Counter
 from models.item_table import ItemTable, append_segments
 from models.ranker import Ranker, Shape, VqlHistory
-from models.request import Impression, Request, collate
+from models.request import Impression, Request, collate, counted
 from models.wire import RECENT, recent_actions, recent_times
 
 
@@ -94,27 +99,24 @@ class RawEvents:
     device: torch.device
 
     def logits(self, asked: Asked, data: bytes) -> torch.Tensor:
-        request = as_request(asked, np.frombuffer(data, RECENT), self.table)
+        request = as_request(asked, np.frombuffer(data, RECENT), self.table, self.ranker.counter)
         return self.ranker(request.to(self.device))[0][0]
 
 
-def as_request(asked: Asked, events: np.ndarray, table: ItemTable) -> Request:
-    """What a ranker is asked, with these raw events (dtype RECENT) as the history."""
+def as_request(asked: Asked, events: np.ndarray, table: ItemTable, counter: Counter | None = None) -> Request:
+    """What a ranker is asked, with these raw events (dtype RECENT) as the history; counter: as `Ranker.counter`."""
     candidate_C = table.lookup(asked.item_ids)
-    return collate(
-        [
-            Impression(
-                user_id=asked.user_id,
-                now_ms=asked.now_ms,
-                candidate_C=candidate_C,
-                label_C=np.zeros(len(candidate_C), np.float32),
-                item_L=events["item"],
-                action_L=recent_actions(events),
-                time_ms_L=recent_times(events),
-                weight_L=events["weight"],
-            )
-        ]
+    impression = Impression(
+        user_id=asked.user_id,
+        now_ms=asked.now_ms,
+        candidate_C=candidate_C,
+        label_C=np.zeros(len(candidate_C), np.float32),
+        item_L=events["item"],
+        action_L=recent_actions(events),
+        time_ms_L=recent_times(events),
+        weight_L=events["weight"],
     )
+    return collate([impression], counts=counted([impression], counter))
 
 
 class ExactHistory(nn.Module):
@@ -169,13 +171,23 @@ def bench_shape(sizes: Sizes) -> Shape:
     )
 
 
+def shipped_shape(sizes: Sizes) -> Shape:
+    """The same as `vql train` makes it unless told otherwise: with a window over the newest events, and counts."""
+    return replace(
+        bench_shape(structs.replace(sizes, newest=NEWEST)),
+        counting=parse_counts(["item_id"], COUNT_HALF_LIVES),
+        newest_half_life_ms=parse_newest_half_lives([], sizes.heads),
+    )
+
+
 def scoring_checkpoint(path: Path, shape: Shape, seed: int = 0) -> Checkpoint:
     """A checkpoint with random parameters, a codebook placed among its keys, and an item table of ITEMS items."""
     torch.manual_seed(seed)
     item_ids = [f"item-{n}" for n in range(1, ITEMS + 1)]
     feature_MF = np.arange(ITEMS + 1)[:, None]
+    cell_MQ = None if shape.counting is None else shape.counting.cells_of("item_id", ["", *item_ids])[:, None]
     history = VqlHistory(shape)
-    ranker = Ranker(shape, torch.from_numpy(feature_MF), history).eval()
+    ranker = Ranker(shape, torch.from_numpy(feature_MF), history, cell_MQ).eval()
     with torch.inference_mode():
         keys = history.keys(ranker.encoder(torch.arange(ITEMS + 1)))
         history.codebook.start(keys.reshape(len(keys), shape.sizes.groups, -1), torch.Generator().manual_seed(seed))
@@ -183,6 +195,8 @@ def scoring_checkpoint(path: Path, shape: Shape, seed: int = 0) -> Checkpoint:
         model="vql",
         sizes=shape.sizes,
         half_life_ms=shape.half_life_ms,
+        newest_half_life_ms=[list(head) for head in shape.newest_half_life_ms],
+        counts=shape.counting,
         actions=list(ACTIONS),
         fields=["item_id"],
         training={"seed": seed},
@@ -193,6 +207,6 @@ def scoring_checkpoint(path: Path, shape: Shape, seed: int = 0) -> Checkpoint:
     checkpoint = write_checkpoint(path, manifest, tensors, {"item_id": item_ids})
     checkpoint.items_path.mkdir()
     segment = checkpoint.items_path / "items-00000.parquet"
-    pq.write_table(encode_table(ranker, ["", *item_ids], feature_MF), segment)
+    pq.write_table(encode_table(ranker, ["", *item_ids], feature_MF, cell_MQ), segment)
     append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [segment])
     return checkpoint

@@ -13,7 +13,8 @@ import numpy as np
 import redis
 import torch
 
-from feature_repo.store import RowStore, whole_put
+from feature_repo.reader import Reader
+from feature_repo.store import whole_put
 from jobs.bench_load import ITEMS, random_history
 from jobs.bench_rank_rivals import NearestServed, SdimServed
 from jobs.bench_rank_sides import ExactHistory, RawEvents, Rival, Side, Strings, rival
@@ -23,10 +24,10 @@ from models.ranker import Ranker, Shape, VqlHistory
 from models.rivals.din import WINDOW, DinHistory
 from models.rivals.eta import EtaHistory
 from models.rivals.sdim import SdimHistory
-from models.row import Fold, advance, new_row
+from models.row import advance, new_row
 from models.wire import RECENT, Stamp
 
-SIDES = ("vql", "full", "sdim", "topk", "din_50")
+SIDES = ("vql", "vql_shipped", "full", "sdim", "topk", "din_50")
 EPOCH, PARTITION = 1, 0
 END_MS = 1_700_000_000_000
 # Another user's history moves logits of random parameters by 1e-3 to 1e-1. SDIM's buckets are stored as float16.
@@ -36,17 +37,21 @@ USUAL_TOLERANCE = 1e-5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankSides:
-    """The SIDES by name, and the raw form of each; `events` and `buckets` are what the rivals read."""
+    """The SIDES by name, and the raw form of each; `readers`, `events` and `buckets` are what they read with."""
 
     sides: Mapping[str, Side]
     raw: Mapping[str, RawEvents]
+    readers: Mapping[str, Reader]
     events: Strings
     buckets: Strings
     sdim: SdimServed
 
 
-def make_sides(scorer: Scorer, client: redis.Redis, shape: Shape) -> RankSides:
-    """VQL is the scorer itself; the others share its frame, its table and its device."""
+def make_sides(scorer: Scorer, shipped: Scorer, client: redis.Redis, shape: Shape) -> RankSides:
+    """VQL is the scorer itself; the others share its frame, its table and its device, but for `shipped`.
+
+    That is VQL as `vql train` makes it unless told otherwise, with a window over the newest events and counts.
+    """
     ranker, table, device = scorer.ranker, scorer.table, scorer.placement.device
     assert isinstance(ranker.history, VqlHistory)
     unquantised = deepcopy(ranker.history)
@@ -63,6 +68,7 @@ def make_sides(scorer: Scorer, client: redis.Redis, shape: Shape) -> RankSides:
     return RankSides(
         sides={
             "vql": scorer,
+            "vql_shipped": shipped,
             "full": Rival(fetch=events.whole, logits=raw(rival(ranker, exact, shape)).logits),
             "sdim": Rival(fetch=buckets.whole, logits=sdim_served.logits),
             "topk": Rival(fetch=events.whole, logits=NearestServed(eta, table, device).logits),
@@ -72,11 +78,13 @@ def make_sides(scorer: Scorer, client: redis.Redis, shape: Shape) -> RankSides:
         },
         raw={
             "vql": raw(ranker),
+            "vql_shipped": raw(shipped.ranker),
             "full": raw(rival(ranker, unquantised, shape)),
             "sdim": raw(sdim),
             "topk": raw(eta),
             "din_50": raw(din),
         },
+        readers={"vql": scorer.reader, "vql_shipped": shipped.reader},
         events=events,
         buckets=buckets,
         sdim=sdim_served,
@@ -88,22 +96,25 @@ def user_id(length: int, user: int) -> str:
     return f"user-{length}-{user}"
 
 
-def fill_users(lengths: Sequence[int], users: int, fold: Fold, rows: RowStore, made: RankSides) -> dict[str, float]:
-    """Users of each length, as every side reads them; the mean bytes of a row by length."""
+def fill_users(lengths: Sequence[int], users: int, made: RankSides) -> dict[str, float]:
+    """Users of each length, as every side reads them; the mean bytes of a row of VQL's by length."""
     position = Stamp(epoch=EPOCH, partition=PARTITION, offset=-1)
     row_bytes: dict[str, float] = {}
     for length in lengths:
         rng, sizes = np.random.default_rng(length), []
         for user in range(users):
             name, events = user_id(length, user), random_history(rng, length, END_MS)
-            row, _ = advance(new_row(fold.spec, EPOCH, PARTITION), events, position, fold)
-            rows.put_rows(fold.spec.checkpoint_id, [whole_put(name, row)])
+            for side, reader in made.readers.items():
+                row, _ = advance(new_row(reader.fold.spec, EPOCH, PARTITION), events, position, reader.fold)
+                reader.rows.put_rows(reader.fold.spec.checkpoint_id, [whole_put(name, row)])
+                if side == "vql":
+                    sizes.append(row.size_bytes)
             made.events.put(name, events.tobytes())
             made.buckets.put(name, made.sdim.buckets(events))
-            sizes.append(row.size_bytes)
         row_bytes[str(length)] = float(np.mean(sizes))
-    # Without positions, a reader would take the store for one that was emptied.
-    rows.commit_positions(fold.spec.checkpoint_id, EPOCH, {PARTITION: max(lengths) - 1})
+    for reader in made.readers.values():
+        # Without positions, a reader would take the store for one that was emptied.
+        reader.rows.commit_positions(reader.checkpoint.checkpoint_id, EPOCH, {PARTITION: max(lengths) - 1})
     return row_bytes
 
 

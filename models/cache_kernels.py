@@ -124,22 +124,6 @@ def _fold_loop(
 fold_kernel = numba.njit(cache=True)(unwrap(_fold_loop))
 
 
-def _clear(mass_X, mean_X, b, first, last, groups, codewords, heads, rates, width):
-    """Codes of user b from first to last, without the last, hold nothing."""
-    while first < last:
-        g = first // codewords
-        end = min(last, (g + 1) * codewords)
-        for h in range(g * heads, (g + 1) * heads):
-            start = ((b * groups * heads + h) * codewords + first - g * codewords) * rates
-            stop = start + (end - first) * rates
-            mass_X[start:stop] = 0.0
-            mean_X[width * start : width * stop] = 0.0
-        first = end
-
-
-_clear = numba.njit(cache=True)(unwrap(_clear))
-
-
 @lru_cache(maxsize=8)
 def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
     """The compiled `fold` of a batch into tensors, for P heads of a group, R rates and D values.
@@ -167,11 +151,13 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
         of the tensors is written.
         """
         groups, codewords = rate_GPR.shape[0], mean_BHKRD.shape[2]
-        mass_X, mean_X, mean_address = mass_BHKR.reshape(-1), mean_BHKRD.reshape(-1), mean_BHKRD.ctypes.data
         entries, codes = heads * rates, groups * codewords
+        # One user's numbers are put together in the nearest cache, and copied at once into memory that is in none.
+        mass_X, mean_X = np.empty(codes * entries, np.float32), np.empty(codes * entries * width, np.float32)
+        mass_address, mean_address = mass_BHKR.ctypes.data, mean_BHKRD.ctypes.data
         # A touched code has a slot: sums lie close together, however far apart the codes are.
         slot_C, entry_C = np.full(codes, -1, np.int32), np.empty(codes, np.int32)
-        code_S, net_S = np.empty(codes + 1, np.int64), np.empty(codes, np.int64)
+        code_S, group_S, net_S = np.empty(codes + 1, np.int64), np.empty(codes + 1, np.int64), np.empty(codes, np.int64)
         mass_E, gross_E = np.empty(codes * entries), np.empty(codes * entries)
         total_X = np.empty(codes * entries * width)
         decay_GPR = np.empty((groups, heads, rates))
@@ -182,8 +168,11 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
             place = place_B[b]
             reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
             if place.status != 0:
-                _clear(mass_X, mean_X, b, 0, codes, groups, codewords, heads, rates, width)
+                mass_BHKR[b] = 0.0
+                mean_BHKRD[b] = 0.0
                 continue
+            mass_X[:] = 0.0
+            mean_X[:] = 0.0
             reference_ms, slots = place.reference_ms, 0
             first, last = place.first, place.first + place.events
             for n in range(first, last):
@@ -201,7 +190,7 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                     code = np.uint32(g * codewords + np.int64(code_MG[event_N[n].item, g]))
                     # Without a branch, which could not be foretold.
                     slot = slot_C[code]
-                    code_S[slots] = code
+                    code_S[slots], group_S[slots] = code, g
                     slot_C[code] = slots if slot < 0 else slot
                     slots += slot < 0
             age_ms = reference_ms - place.reference_ms
@@ -209,41 +198,28 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                 for p in range(heads):
                     for r in range(rates):
                         decay_GPR[g, p, r] = np.exp(-rate_GPR[g, p, r] * age_ms)
-            done = n = 0
-            while n < place.entries:
+            entry_C[:] = -1
+            g, end = 0, codewords
+            for n in range(place.entries):
                 code = np.int64(load_u16(place.codes + 2 * n))
-                g = code // codewords
-                # Neighbours of a group lie side by side on both sides, if the group has one head.
-                run = 1
-                while (
-                    heads == 1
-                    and n + run < place.entries
-                    and code + run < (g + 1) * codewords
-                    and load_u16(place.codes + 2 * (n + run)) == code + run
-                ):
-                    run += 1
-                _clear(mass_X, mean_X, b, done, code, groups, codewords, heads, rates, width)
-                entry_C[done:code] = -1
-                for m in range(run):
-                    entry_C[np.uint32(code + m)] = n + m
-                done = code + run
+                # Codes rise: no division is needed to know their group.
+                while code >= end:
+                    g, end = g + 1, end + codewords
+                entry_C[np.uint32(code)] = n
                 for p in range(heads):
-                    at, h = (n * heads + p) * rates, g * heads + p
-                    to = ((b * groups * heads + h) * codewords + code - g * codewords) * rates
-                    copy(mean_address + 4 * width * to, place.means + 4 * width * at, 4 * width * run * rates)
-                    for m in range(run * rates):
-                        mass = load_f32(place.masses + 4 * (at + m)) * decay_GPR[g, p, m % rates]
-                        if abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED):
-                            mass = 0.0
+                    to = np.uint32(((g * heads + p) * codewords + code + codewords - end) * rates)
+                    at = (n * heads + p) * rates
+                    for r in range(rates):
+                        mass = load_f32(place.masses + 4 * (at + r)) * decay_GPR[g, p, r]
+                        gone = abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED)
+                        mass_X[to + r] = 0.0 if gone else mass
+                        x, y = place.means + 4 * width * (at + r), np.uint32((to + r) * width)
+                        if not gone:
                             for d in range(width):
-                                mean_X[width * (to + m) + d] = 0.0
-                        mass_X[to + m] = mass
-                n += run
-            _clear(mass_X, mean_X, b, done, codes, groups, codewords, heads, rates, width)
-            entry_C[done:] = -1
+                                mean_X[np.uint32(y + d)] = load_f32(x + 4 * d)
             for s in range(slots):
-                code = code_S[s]
-                n, g = entry_C[code], code // codewords
+                code, g = code_S[s], group_S[s]
+                n = entry_C[np.uint32(code)]
                 net_S[s] = load_i32(place.nets + 4 * n) if n >= 0 else 0
                 for p in range(heads):
                     for r in range(rates):
@@ -273,12 +249,12 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                 code = code_S[s]
                 slot_C[code] = -1
                 _settle(mass_E, gross_E, total_X, s, net_S[s], entries, width)
-                g, k = code // codewords, code % codewords
+                g, k = group_S[s], code - group_S[s] * codewords
                 for p in range(heads):
                     for r in range(rates):
                         e = np.uint32((s * heads + p) * rates + r)
-                        to = np.uint32((((b * groups + g) * heads + p) * codewords + k) * rates + r)
-                        mass, x, y = mass_E[e], np.uint32(e * width), np.int64(to) * width
+                        to = np.uint32(((g * heads + p) * codewords + k) * rates + r)
+                        mass, x, y = mass_E[e], np.uint32(e * width), np.uint32(to * width)
                         if abs(np.float32(mass)) >= np.float32(VANISHED):
                             mass_X[to] = mass
                             for d in range(width):
@@ -287,6 +263,8 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                             mass_X[to] = 0.0
                             for d in range(width):
                                 mean_X[y + d] = 0.0
+            copy(mass_address + b * 4 * mass_X.shape[0], mass_X.ctypes.data, 4 * mass_X.shape[0])
+            copy(mean_address + b * 4 * mean_X.shape[0], mean_X.ctypes.data, 4 * mean_X.shape[0])
             reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
 
     # Errors as numpy's: a check of every divisor would keep the compiler from vectors.

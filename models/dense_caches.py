@@ -44,23 +44,18 @@ class DenseBatch:
     def __init__(self, users: int, using: Fold, device: torch.device) -> None:
         spec, pinned = using.spec, device.type == "cuda"
 
-        def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+        def new(dtype: type[np.generic], *shape: int) -> np.ndarray:
+            # What the kernels write to is an array: torch's calls take longer, cold several times.
+            if not pinned:
+                return np.empty(shape, dtype)
+            return torch.from_numpy(np.empty(shape, dtype)).pin_memory().numpy()
 
         self._using, self._device = using, device
         self._kernel = dense_kernel(spec.heads // spec.groups, spec.rates, spec.value_width)
-        self._mass_BHKR = new(users, spec.heads, spec.codewords, spec.rates, dtype=torch.float32)
-        self._mean_BHKRD = new(*self._mass_BHKR.shape, spec.value_width, dtype=torch.float32)
-        self._reference_ms_B, self._count_B = new(users, dtype=torch.int64), new(users, dtype=torch.int64)
-        self._newest = {
-            name: new(users, using.newest, dtype=torch.float32 if dtype is np.float32 else torch.int64)
-            for name, dtype in COLUMNS.items()
-        }
-        self._unknown_B = np.zeros(users, np.int64)
-        # The same memory for the kernel: slices of arrays cost a tenth of slices of tensors.
-        tensors = (self._mass_BHKR, self._mean_BHKRD, self._reference_ms_B, self._count_B)
-        self._written = [*(tensor.numpy() for tensor in tensors), self._unknown_B]
-        self._newest_written = [tensor.numpy() for tensor in self._newest.values()]
+        mass_BHKR = new(np.float32, users, spec.heads, spec.codewords, spec.rates)
+        mean_BHKRD = new(np.float32, *mass_BHKR.shape, spec.value_width)
+        self._written = [mass_BHKR, mean_BHKRD, new(np.int64, users), new(np.int64, users), np.zeros(users, np.int64)]
+        self._newest = {name: new(dtype, users, using.newest) for name, dtype in COLUMNS.items()}
         self.place_B = np.zeros(users, PLACE)
         self.place_B["status"] = ABSENT
         self._counts: list[tuple[np.ndarray, np.ndarray] | None] = [None] * users
@@ -87,7 +82,7 @@ class DenseBatch:
         )
         if using.newest:
             # After the kernel, which takes items beyond the table for the unknown one.
-            newest_kernel(places.place_B, places.event_N, *(array[at] for array in self._newest_written))
+            newest_kernel(places.place_B, places.event_N, *(array[at] for array in self._newest.values()))
         if using.counting is not None:
             reference_ms_B = self._written[2][at]
             self._counts[at] = _counts(places, reference_ms_B, using.counting, table.cell_MQ)
@@ -95,17 +90,21 @@ class DenseBatch:
 
     def caches(self) -> DenseCaches:
         """The whole batch, on the device."""
-        counts = {name: each.to(self._device) for name, each in padded_counts(self._counts, len(self._counts)).items()}
-        caches = CacheBatch(
-            mass_BHKR=self._mass_BHKR.to(self._device, non_blocking=True),
-            mean_BHKRD=self._mean_BHKRD.to(self._device, non_blocking=True),
-            reference_ms_B=self._reference_ms_B.to(self._device, non_blocking=True),
-            count_B=self._count_B.to(self._device, non_blocking=True),
-            present_B=torch.from_numpy(self.place_B["status"] == SOUND).to(self._device),
-            **counts,
-            **{f"newest_{name}_BL": each.to(self._device, non_blocking=True) for name, each in self._newest.items()},
-        )
-        return DenseCaches(caches, self._unknown_B)
+        mass_BHKR, mean_BHKRD, reference_ms_B, count_B, unknown_B = self._written
+        fields = padded_counts(self._counts, len(self._counts)) | {
+            name: torch.from_numpy(array)
+            for name, array in {
+                "mass_BHKR": mass_BHKR,
+                "mean_BHKRD": mean_BHKRD,
+                "reference_ms_B": reference_ms_B,
+                "count_B": count_B,
+                "present_B": self.place_B["status"] == SOUND,
+                **{f"newest_{name}_BL": array for name, array in self._newest.items()},
+            }.items()
+        }
+        if self._device.type != "cpu":
+            fields = {name: tensor.to(self._device, non_blocking=tensor.is_pinned()) for name, tensor in fields.items()}
+        return DenseCaches(CacheBatch(**fields), unknown_B)
 
 
 def compile_kernels(using: Fold) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from inspect import unwrap
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import google_crc32c
 import numba
@@ -59,12 +59,60 @@ _TIME_AT, _ITEM_AT, _WEIGHT_AT = (offset_in(RECENT, name) for name in ("time", "
 _RECORD_BYTES = RECENT.itemsize
 
 
+class StoredRows(Sequence[RowBytes | None]):
+    """Rows as they lie in memory; one that is asked for is copied.
+
+    parts: folded and recent of each in turns, bytes or uint8 arrays of larger memory that stays as it is. address_P,
+    size_P: where each begins, and how long it is; -1 for one that is not there.
+    """
+
+    def __init__(self, parts: Sequence[bytes | np.ndarray], address_P: np.ndarray, size_P: np.ndarray) -> None:
+        self.parts, self.address_P, self.size_P = parts, address_P, size_P
+
+    @classmethod
+    def of(cls, rows: Sequence[RowBytes | None]) -> StoredRows:
+        """These rows; those that lie in memory already are left there."""
+        if isinstance(rows, StoredRows):
+            return rows
+        parts = [part for row in rows for part in ((b"", b"") if row is None else (row.folded, row.recent))]
+        sizes = [size for row in rows for size in ((-1, -1) if row is None else (len(row.folded), len(row.recent)))]
+        return cls(parts, addresses(parts), np.array(sizes, np.int64))
+
+    @classmethod
+    def joined(cls, several: Sequence[Sequence[RowBytes | None]]) -> StoredRows:
+        """All of these in one, without a copy."""
+        stored = [cls.of(rows) for rows in several]
+        if len(stored) == 1:
+            return stored[0]
+        address_P, size_P = (
+            np.concatenate([np.empty(0, np.int64), *each])
+            for each in ([rows.address_P for rows in stored], [rows.size_P for rows in stored])
+        )
+        return cls([part for rows in stored for part in rows.parts], address_P, size_P)
+
+    def __len__(self) -> int:
+        return len(self.parts) // 2
+
+    @overload
+    def __getitem__(self, b: int) -> RowBytes | None: ...
+    @overload
+    def __getitem__(self, b: slice) -> list[RowBytes | None]: ...
+    def __getitem__(self, b: int | slice) -> RowBytes | list[RowBytes | None] | None:
+        at = range(len(self))[b]
+        if isinstance(at, range):
+            return [self[n] for n in at]
+        # Half a row is no row of ours; its reader will say so.
+        if self.size_P[2 * at] < 0:
+            return None
+        return RowBytes(folded=bytes(self.parts[2 * at]), recent=bytes(self.parts[2 * at + 1]))
+
+
 class RowPlaces(NamedTuple):
     """The places of B rows (dtype PLACE), their recent events (dtype EVENT), and the parts that places point into."""
 
     place_B: np.ndarray
     event_N: np.ndarray
-    parts: list[bytes]
+    parts: Sequence[bytes | np.ndarray]
 
 
 def place_rows(
@@ -74,25 +122,17 @@ def place_rows(
 
     count_spec: the counts of the checkpoint, None where there are none.
     """
-    place_B = np.zeros(len(rows), PLACE)
-    place_B["status"] = ABSENT
-    present = [b for b, row in enumerate(rows) if row is not None]
-    parts: list[bytes] = []
-    event_N = np.empty(0, EVENT)
-    for row in rows:
-        if row is not None:
-            parts += (row.folded, row.recent)
-    if parts:
-        size_P = np.fromiter(map(len, parts), np.int64, len(parts))
-        sound_P = np.fromiter(map(google_crc32c.value, parts), np.uint32, len(parts)) == SOUND_CRC
-        identity = np.frombuffer(bytes.fromhex(spec.checkpoint_id), np.uint64)
-        entry = spec.heads // spec.groups * spec.rates * 4
-        rates, cells = (0, 0) if count_spec is None else (count_spec.rates, count_spec.codewords)
-        size_3 = np.array([entry, entry * spec.value_width, 4 * rates])
-        limit_3 = np.array([spec.groups * spec.codewords, actions, cells])
-        event_N = np.empty(int(size_P[1::2].sum()) // _RECORD_BYTES, EVENT)
-        at = addresses(parts)
-        _place_kernel(at, size_P, sound_P, identity, size_3, limit_3, np.array(present), place_B, event_N)
+    stored = StoredRows.of(rows)
+    parts, size_P = stored.parts, stored.size_P
+    sound_P = np.fromiter(map(google_crc32c.value, parts), np.uint32, len(parts)) == SOUND_CRC
+    identity = np.frombuffer(bytes.fromhex(spec.checkpoint_id), np.uint64)
+    entry = spec.heads // spec.groups * spec.rates * 4
+    rates, cells = (0, 0) if count_spec is None else (count_spec.rates, count_spec.codewords)
+    size_3 = np.array([entry, entry * spec.value_width, 4 * rates])
+    limit_3 = np.array([spec.groups * spec.codewords, actions, cells])
+    place_B = np.zeros(len(stored), PLACE)
+    event_N = np.empty(int(np.maximum(size_P[1::2], 0).sum()) // _RECORD_BYTES, EVENT)
+    _place_kernel(stored.address_P, size_P, sound_P, identity, size_3, limit_3, place_B, event_N)
     return RowPlaces(place_B, event_N, parts)
 
 
@@ -171,15 +211,18 @@ _header, _section, _rising, _unpack = (
 _counts = numba.njit(cache=True)(unwrap(_counts))
 
 
-def _place_loop(address_P, size_P, sound_P, identity, size_3, limit_3, present_U, place_B, event_N):
+def _place_loop(address_P, size_P, sound_P, identity, size_3, limit_3, place_B, event_N):
     first = 0
-    for u in range(present_U.shape[0]):
-        place = place_B[present_U[u]]
-        folded, recent = address_P[2 * u], address_P[2 * u + 1]
-        folded_size, recent_size = size_P[2 * u], size_P[2 * u + 1]
-        place.status = _header(folded, folded_size, sound_P[2 * u], _FOLDED_WORD, identity)
+    for b in range(place_B.shape[0]):
+        place = place_B[b]
+        folded, recent = address_P[2 * b], address_P[2 * b + 1]
+        folded_size, recent_size = size_P[2 * b], size_P[2 * b + 1]
+        if folded_size < 0:
+            place.status = ABSENT
+            continue
+        place.status = _header(folded, folded_size, sound_P[2 * b], _FOLDED_WORD, identity)
         if place.status == SOUND:
-            place.status = _header(recent, recent_size, sound_P[2 * u + 1], _RECENT_WORD, identity)
+            place.status = _header(recent, recent_size, sound_P[2 * b + 1], _RECENT_WORD, identity)
         if place.status != SOUND:
             continue
         place.codes, place.entries = _section(folded, folded_size, CODES, U16, 2)

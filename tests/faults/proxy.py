@@ -20,6 +20,7 @@ class Proxy:
 
     late_s: bounds of the wait before each answer. lost_share: how many answers end with their connection. hold_at:
     from the first request on that has these bytes, answers are kept back, which `held` tells, until `release`.
+    pass_bytes: of answers, before the rest is kept back in the same way.
     """
 
     port: int
@@ -28,6 +29,7 @@ class Proxy:
     late_s: tuple[float, float] = (0.0, 0.0)
     lost_share: float = 0.0
     hold_at: bytes | None = None
+    pass_bytes: int | None = None
     held: threading.Event = field(default_factory=threading.Event)
     answers: int = 0
     lost: int = 0
@@ -82,6 +84,11 @@ class Proxy:
                     if self._rng.random() < self.lost_share:
                         self.lost += 1
                         break
+                if self.pass_bytes is not None:
+                    client.sendall(chunk[: self.pass_bytes])
+                    chunk, self.pass_bytes = chunk[self.pass_bytes :], max(0, self.pass_bytes - len(chunk))
+                    if self.pass_bytes == 0:
+                        self._open.clear()
                 if not self._open.is_set():
                     self.held.set()
                     self._open.wait()
@@ -89,7 +96,7 @@ class Proxy:
         _end(client, server)
 
     def release(self) -> None:
-        self.hold_at = None
+        self.hold_at = self.pass_bytes = None
         self._open.set()
 
     def close(self) -> None:

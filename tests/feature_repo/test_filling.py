@@ -37,7 +37,7 @@ def test_parts_are_filled_in_whatever_the_thread_is_at(rows, fold: Fold, state: 
             threads.submit(free.wait, 30)
         if state == "shut down":
             threads.shutdown()
-        filling = Filling(batch, threads)
+        filling = Filling(len(rows), lambda _: batch, threads)
         for first in range(0, len(rows), 2):
             filling.take(first, rows[first : first + 2])
         filling.finish()
@@ -48,7 +48,7 @@ def test_parts_are_filled_in_whatever_the_thread_is_at(rows, fold: Fold, state: 
 def test_a_part_that_comes_again_counts_as_it_came_last(rows, fold: Fold):
     batch = DenseBatch(len(rows), fold, CPU)
     with ThreadPoolExecutor(2) as threads:
-        filling = Filling(batch, threads)
+        filling = Filling(len(rows), lambda _: batch, threads)
         filling.take(0, [rows[1]] * (len(rows) - 1))
         filling.take(0, rows[:-1])
         filling.take(len(rows) - 1, rows[-1:])
@@ -56,9 +56,33 @@ def test_a_part_that_comes_again_counts_as_it_came_last(rows, fold: Fold):
     assert_as_at_once(batch, rows, fold)
 
 
+def test_what_a_failed_try_left_under_way_is_done_before_it_begins_again(rows, fold: Fold):
+    free, order = threading.Event(), []
+
+    class SlowBatch(DenseBatch):
+        def fill(self, first, rows):
+            if not order:
+                order.append("begun")
+                free.wait(30)
+            super().fill(first, rows)
+            order.append(rows[0])
+
+    batch = SlowBatch(len(rows), fold, CPU)
+    with ThreadPoolExecutor(1) as pool:
+        filling = Filling(len(rows), lambda _: batch, pool)
+        filling.take(0, rows[1:2])
+        while not order:
+            pass
+        threading.Timer(0.2, free.set).start()
+        filling.take(0, rows)
+        filling.finish()
+    assert order == ["begun", rows[1], rows[0]]
+    assert_as_at_once(batch, rows, fold)
+
+
 def test_what_goes_wrong_in_a_thread_is_the_callers_to_know(rows, fold: Fold):
     with ThreadPoolExecutor(1) as threads:
-        filling = Filling(DenseBatch(len(rows), fold, CPU), threads)
+        filling = Filling(len(rows), lambda users: DenseBatch(users, fold, CPU), threads)
         filling.take(len(rows) - 1, rows)  # beyond the batch
         with pytest.raises(AssertionError, match="rows from"):
             filling.finish()

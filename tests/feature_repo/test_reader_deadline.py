@@ -15,7 +15,7 @@ from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
 from feature_repo.reader import Read, Reader, ReadLimits
 from feature_repo.redis_settings import RedisSettings
-from feature_repo.redis_store import RedisRows
+from feature_repo.redis_store import RedisRows, row_key
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
 from models.errors import StoreError, UnavailableError
@@ -120,6 +120,94 @@ def test_a_store_slower_than_the_deadline_leaves_users_late_and_then_stale(
     assert counted("vql_reader_users_total", {"outcome": "late"}) >= len(user_ids)
     assert counted("vql_reader_users_total", {"outcome": "stale_late"}) >= len(user_ids)
     assert counted("vql_reader_refused_total") == 0
+    reader.close()
+
+
+def test_a_deadline_in_the_middle_of_an_answer_is_kept_and_a_thread_takes_the_rest(
+    server: RedisServer, proxy: Proxy, tmp_path: Path, checkpoint: Checkpoint, fold: Fold
+) -> None:
+    user_ids = filled(server.url, checkpoint, fold)
+    reader = reader_of(proxy.url, tmp_path, checkpoint, deadline_s=0.5)
+    others, asked = user_ids[:2], user_ids[2:]
+    until_fresh(reader, others)
+    with server.client() as client:
+        before = client.info("stats")["total_connections_received"]
+        for pass_bytes in (1, 5, 700):
+            proxy.held.clear()
+            proxy.pass_bytes = pass_bytes
+            late, seconds = timed(reader, asked)
+            assert proxy.held.is_set()
+            assert late.outcome(asked[0]) == ("late" if pass_bytes == 1 else "stale_late")
+            assert 0.5 <= seconds < 0.5 + SLACK_S
+            proxy.release()
+            # What came of it is kept, and nothing of it is taken for another answer.
+            deadline_s = time.monotonic() + 20
+            while None in reader._kept.get(asked):
+                assert time.monotonic() < deadline_s
+                time.sleep(0.01)
+            stored = RedisRows(RedisSettings(url=server.url)).get_rows(checkpoint.checkpoint_id, others)
+            assert_same(until_fresh(reader, others).caches, read_plainly(others, stored, fold)[0])
+        # A connection is not lost by a late answer: this test made three, and the reader one while the first was late.
+        assert client.info("stats")["total_connections_received"] <= before + 3 + 1
+    reader.close()
+
+
+def test_a_connection_that_is_open_is_read_by_the_caller_itself(
+    server: RedisServer, tmp_path: Path, checkpoint: Checkpoint, fold: Fold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user_ids = filled(server.url, checkpoint, fold)
+    reader = reader_of(server.url, tmp_path, checkpoint, deadline_s=5.0)
+    first = reader.read(user_ids)
+
+    def refuse(fetching: object) -> None:
+        raise AssertionError("a thread was asked")
+
+    monkeypatch.setattr(reader, "_hand_over", refuse)
+    for _ in range(reader.limits.waiting_max + 1):
+        read = reader.read(user_ids)
+        assert (read.missing, read.stale) == ({}, {})
+        assert_same(read.caches, first.caches)
+    with pytest.raises(AssertionError, match="a thread was asked"):
+        asyncio.run(reader.read_async(user_ids))
+    reader.close()
+
+
+def test_threads_share_a_reader(server: RedisServer, tmp_path: Path, checkpoint: Checkpoint, fold: Fold) -> None:
+    user_ids = filled(server.url, checkpoint, fold)
+    reader = reader_of(server.url, tmp_path, checkpoint, deadline_s=5.0)
+    asked = [user_ids[n:] + user_ids[:n] for n in range(4)]
+    expected = [reader.read(each).caches for each in asked]
+    wrong: list[object] = []
+
+    def load(n: int) -> None:
+        try:
+            for _ in range(100):
+                assert_same(reader.read(asked[n]).caches, expected[n])
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=load, args=(n,)) for n in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    reader.close()
+
+
+def test_a_connection_on_which_an_answer_was_an_error_is_not_used_again(
+    server: RedisServer, tmp_path: Path, checkpoint: Checkpoint, fold: Fold
+) -> None:
+    user_ids = filled(server.url, checkpoint, fold)
+    reader = reader_of(server.url, tmp_path, checkpoint, deadline_s=5.0)
+    expected = reader.read(user_ids).caches
+    key = row_key(checkpoint.checkpoint_id, "stranger")
+    with server.client() as client:
+        client.set(key, "no hash")
+        for place in range(len(user_ids)):
+            with pytest.raises(StoreError, match="wrong kind of value"):
+                reader.read([*user_ids[:place], "stranger", *user_ids[place:]])
+            assert_same(reader.read(user_ids).caches, expected)
     reader.close()
 
 

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from feature_repo.redis_link import ANSWERS_PER_PART
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.redis_store import RedisRows
-from feature_repo.store import RowPut
+from feature_repo.store import RowPut, run_out
 from jobs.local_servers import free_port, free_ports
 from models.errors import StoreError, UnavailableError
 from models.row import RowBytes
@@ -176,14 +175,36 @@ def test_a_read_that_is_cut_off_in_the_middle_gives_every_part_again(server):
     puts = [RowPut(user_id=f"u{n}", stamp=stamp(n), recent=b"%d" % n, folded=b"x" * 500_000) for n in range(100)]
     rows.put_rows(A, puts)
     firsts: list[int] = []
+    taken: list[RowBytes | None] = [None] * len(puts)
 
     def take(first: int, part: Sequence[RowBytes | None]) -> None:
+        if not part:
+            return
         if not firsts:
             with server.client() as client:
                 client.client_kill_filter(_type="normal", skipme=True)
         firsts.append(first)
+        taken[first : first + len(part)] = part
 
-    assert rows.get_rows(A, [put.user_id for put in puts], take) == [bytes_of(put) for put in puts]
-    parts = list(range(0, len(puts), ANSWERS_PER_PART))
-    assert firsts[-len(parts) :] == parts
-    assert len(parts) < len(firsts) < 2 * len(parts)
+    run_out(rows.reading(A, [put.user_id for put in puts], take))
+    assert taken == [bytes_of(put) for put in puts]
+    assert firsts.count(0) == 2
+
+
+def test_a_row_larger_than_what_is_received_at_once_comes_whole(server):
+    rows = open_rows(server, timeout_s=20)
+    sizes = {"small": 10, "large": 5_000_003, "after": 3_000}
+    puts = [
+        RowPut(user_id=u, stamp=stamp(1), recent=b"r", folded=bytes(range(250)) * (n // 10)) for u, n in sizes.items()
+    ]
+    rows.put_rows(A, puts)
+    assert rows.get_rows(A, [*sizes, "nobody"]) == [*map(bytes_of, puts), None]
+
+
+def test_a_connection_that_the_server_closed_meanwhile_is_left(server):
+    rows = open_rows(server, retries=0, timeout_s=20)
+    rows.put_rows(A, [whole("u", stamp(1))])
+    for _ in range(3):
+        assert get(rows, "u") == bytes_of(whole("u", stamp(1)))
+        with server.client() as client:
+            client.client_kill_filter(_type="normal", skipme=True)

@@ -23,6 +23,7 @@ from jobs.bench_rank_sides import (
     bench_shape,
     rival,
     scoring_checkpoint,
+    shipped_shape,
 )
 from jobs.bench_rank_timing import from_clients, one_at_a_time, sent_bytes
 from jobs.bench_rank_users import SIDES, ask, fill_users, make_sides, require_equal, user_id
@@ -48,13 +49,15 @@ def redis(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(redis, tmp_path_factory):
     """All sides, with two users of LENGTH events."""
-    folder, shape = tmp_path_factory.mktemp("rank"), bench_shape(Sizes(codewords=16))
-    opened = Opened(scoring_checkpoint(folder / "checkpoint", shape))
-    reader = Reader(StoreHandle(state=folder).open(), opened)
-    sides = make_sides(load_scorer(opened.checkpoint, reader.fold, reader), redis, shape)
-    fill_users([LENGTH], 2, reader.fold, reader.rows, sides)
+    folder, shapes = tmp_path_factory.mktemp("rank"), [of(Sizes(codewords=16)) for of in (bench_shape, shipped_shape)]
+    opened = [Opened(scoring_checkpoint(folder / str(n), shape)) for n, shape in enumerate(shapes)]
+    readers = [Reader(StoreHandle(state=folder).open(), each) for each in opened]
+    scorers = [load_scorer(r.checkpoint, r.fold, r) for r in readers]
+    sides = make_sides(*scorers, redis, shapes[0])
+    fill_users([LENGTH], 2, sides)
     yield sides
-    reader.close()
+    for reader in readers:
+        reader.close()
 
 
 def asked(users: int = 2, candidates: int = 20) -> list[Asked]:
@@ -69,7 +72,7 @@ def test_a_small_run_gives_every_figure(vql, tmp_path: Path) -> None:
     said = vql("bench", "rank", "--output", output, "--quick")
     assert said.code == 0, said.err
     figures = json.loads(output.read_text())
-    assert set(SIDES) == {"vql", "full", "sdim", "topk", "din_50"}
+    assert set(SIDES) == {"vql", "vql_shipped", "full", "sdim", "topk", "din_50"}
     for by_side in (figures, figures["few_candidates"]):
         for name in SIDES:
             assert by_side[name].keys() == {"100", "1000"}
@@ -104,6 +107,14 @@ def test_a_side_that_reads_another_user_is_found_out(made, name) -> None:
     mistaken = replace(made, sides={name: Mistaken()})
     with pytest.raises(VqlError, match=f"{name} scores otherwise than from raw events"):
         require_equal(mistaken, [one, replace(other, item_ids=one.item_ids)])
+
+
+def test_vql_as_shipped_has_a_window_and_counts_and_vql_beside_rivals_has_neither(made) -> None:
+    rankers = {name: made.sides[name].ranker for name in ("vql", "vql_shipped")}
+    assert {name: (r.history.window is not None, r.counter is not None) for name, r in rankers.items()} == {
+        "vql": (False, False),
+        "vql_shipped": (True, True),
+    }
 
 
 def test_latencies_are_of_every_side_and_length(made, redis) -> None:
