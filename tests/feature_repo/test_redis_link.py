@@ -16,6 +16,7 @@ from feature_repo.store import RowPut, run_out
 from jobs.local_servers import free_port, free_ports
 from models.errors import StoreError, UnavailableError
 from models.row import RowBytes
+from tests.faults.proxy import running_proxy
 from tests.feature_repo.subjects import A, bytes_of, get, stamp, whole
 from tests.redis_server import MEMORY_ONLY, RedisServer, running_redis
 
@@ -189,6 +190,18 @@ def test_a_read_that_is_cut_off_in_the_middle_gives_every_part_again(server):
     run_out(rows.reading(A, [put.user_id for put in puts], take))
     assert taken == [bytes_of(put) for put in puts]
     assert firsts.count(0) == 2
+
+
+def test_a_store_that_is_far_away_is_asked_in_two_turns(server):
+    with running_proxy(server.port) as proxy:
+        rows = RedisRows(RedisSettings(url=proxy.url, timeout_s=20))
+        puts = [RowPut(user_id=f"u{n}", stamp=stamp(n), recent=b"%d" % n, folded=b"x") for n in range(100)]
+        rows.put_rows(A, puts)
+        get(rows, "u1")
+        proxy.late_s, before = (0.02, 0.02), proxy.answers
+        assert rows.get_rows(A, [put.user_id for put in puts]) == [bytes_of(put) for put in puts]
+        assert proxy.answers - before == 2
+        rows.close()
 
 
 def test_a_row_larger_than_what_is_received_at_once_comes_whole(server):
