@@ -24,9 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from jobs.bench import machine, versions
+from jobs.plots import new_figure
 from models.checkpoint import OTHER_ACTION, Sizes
 from models.timelines import FEATURES, SCHEMA, Limits, batches, timeline_batches, timeline_files
 from models.training import TrainPlan, begin, start_codebook, step
@@ -86,6 +88,17 @@ def table_rows(bench: TrainBench, figures: Mapping[str, Any]) -> dict[str, list[
         rows[f"{side}, ms per impression"] = [f"{cost.ms_per_impression:.2f}" for cost in costs]
         rows[f"{side}, peak MB"] = [f"{cost.peak_mb:,.0f}" for cost in costs]
     return rows
+
+
+def curve(bench: TrainBench, figures: Mapping[str, Any]) -> Figure:
+    """The milliseconds of every side by length, both in logarithms."""
+    figure, axes = new_figure()
+    for side in SIDES:
+        costs = [figures[side][str(length)].ms_per_impression for length in bench.lengths]
+        axes.plot(bench.lengths, costs, marker="o", label=side)
+    axes.set(xscale="log", yscale="log", xlabel="events of the user", ylabel="ms per impression")
+    axes.legend()
+    return figure
 
 
 def measure(bench: TrainBench, side: str, length: int) -> Cost:

@@ -177,8 +177,10 @@ def train(
     Example: vql bench train --output build/bench/train.json
     """
     from jobs.bench import figures_table, write_figures
-    from jobs.bench_train import TrainBench, run_train_bench, table_rows
+    from jobs.bench_train import TrainBench, curve, run_train_bench, table_rows
+    from jobs.plots import png
     from models.checkpoint import Sizes
+    from models.files import replace_file
 
     plan = TrainBench(threads=threads)
     if quick:
@@ -187,6 +189,7 @@ def train(
         )
     figures = run_train_bench(plan, out)
     write_figures(output, figures)
+    replace_file(output.with_suffix(".png"), png(curve(plan, figures)))
     columns = [f"{length:,} events" for length in plan.lengths]
     out.print(figures_table("training, on this machine", columns, table_rows(plan, figures)))
-    out.print(f"figures: {output}", soft_wrap=True)
+    out.print(f"figures: {output}, plot: {output.with_suffix('.png')}", soft_wrap=True)

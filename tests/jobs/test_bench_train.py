@@ -15,6 +15,7 @@ def test_every_length_has_its_cost(tmp_path):
     said = CliRunner().invoke(app, ["bench", "train", "--quick", "--output", str(tmp_path / "train.json")])
     assert said.exit_code == 0, said.output
     figures = json.loads((tmp_path / "train.json").read_text())
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
     for side in ("vql", "steady", "full"):
         assert list(figures[side]) == ["50", "200"]
         for cost in figures[side].values():
