@@ -186,7 +186,8 @@ def train(
     ] = None,
     newest_half_life: NewestHalfLives = [],
     length: Annotated[
-        int, typer.Option(min=1, help="Newest events for exact attention: all that rivals see; vql, in its first half.")
+        int,
+        typer.Option(min=1, help="Newest events for exact attention: all that rivals see; vql, at first."),
     ] = 512,
     epochs: Annotated[int, typer.Option(min=1)] = 1,
     patience: Annotated[

@@ -106,7 +106,7 @@ def _encoder(path: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.Reco
             feature_NF = np.array(
                 [[index.get(v, 0) for v in column] for index, column in zip(indices, columns, strict=True)], np.int64
             ).T
-            cell_NQ = _cells(checkpoint, dict(zip(fields, columns, strict=True)))
+            cell_NQ = _cells(checkpoint, dict(zip(fields, zip(columns, feature_NF.T, strict=True), strict=True)))
             yield from encode_table(ranker, columns[0], np.ascontiguousarray(feature_NF), cell_NQ).to_batches()
 
     return encode
@@ -119,10 +119,10 @@ def _unaware_ranker(checkpoint: Checkpoint) -> Ranker:
     return load_ranker(checkpoint, np.zeros((1, len(checkpoint.manifest.fields)), np.int64), cell_MQ)
 
 
-def _cells(checkpoint: Checkpoint, values: Mapping[str, list[str | None]]) -> np.ndarray | None:
-    """What items of these values are counted as (N Q): also by values the checkpoint was not trained with."""
+def _cells(checkpoint: Checkpoint, columns: Mapping[str, tuple[list[str | None], np.ndarray]]) -> np.ndarray | None:
+    """What items are counted as (N Q), from their fields' values and embedding rows: also by values without a row."""
     counts = checkpoint.manifest.counts
-    return None if counts is None else np.stack([counts.cells_of(f, values[f]) for f in counts.fields], axis=1)
+    return None if counts is None else np.stack([counts.cells_of(f, *columns[f]) for f in counts.fields], axis=1)
 
 
 def _unknown_segment(checkpoint: Checkpoint, folder: Path) -> Path:

@@ -259,7 +259,9 @@ def item_cells(model: str, counts: CountPlan, vocabulary: Vocabulary) -> np.ndar
         return exact_cells(vocabulary.feature_MF, fields, counts)
     return np.stack(
         [
-            counts.cells_of(f, ["", *vocabulary.fields[f]])[vocabulary.feature_MF[:, fields.index(f)]]
+            counts.cells_of(f, ["", *vocabulary.fields[f]], range(1 + len(vocabulary.fields[f])))[
+                vocabulary.feature_MF[:, fields.index(f)]
+            ]
             for f in counts.fields
         ],
         axis=1,

@@ -2,9 +2,9 @@
 
     count(f, x, now) = sum over events i whose item has x in field f of w_i exp(-lambda (now - t_i))
 
-Softmax attention cannot tell a repeat from a likeness; a count can. A value is a hash, its cell, within the cells of
-its field: a count-min sketch (Cormode & Muthukrishnan, 2005) of depth one that is so wide that a user touches few of
-its cells, of which only these are kept. So the counts of a user are a cache (`models.cache`) of one
+Softmax attention cannot tell a repeat from a likeness; a count can. A value has a cell within the cells of its
+field, by its number or its hash: a count-min sketch (Cormode & Muthukrishnan, 2005) of depth one that is so wide that a
+user touches few of its cells, of which only these are kept. So the counts of a user are a cache (`models.cache`) of one
 group and one head, whose codewords are cells and whose values have no width: its laws and limits are theirs, and its
 merge, decay and empty are used as they are. Like those, counts are as of the reference time of the row, that of its
 newest event.
@@ -43,8 +43,8 @@ class CountPlan(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not self.fields or not self.half_life_ms:
             raise ValueError("counts need a field and a half-life (null: never)")
-        if not 1 + 4 * len(self.fields) <= self.cells <= BEYOND:
-            raise ValueError(f"{self.cells} cells are not {1 + 4 * len(self.fields)} to {BEYOND}")
+        if not 1 + 8 * len(self.fields) <= self.cells <= BEYOND:
+            raise ValueError(f"{self.cells} cells are not {1 + 8 * len(self.fields)} to {BEYOND}")
 
     @property
     def rate_R(self) -> Float64[np.ndarray, "R"]:
@@ -62,19 +62,27 @@ class CountPlan(msgspec.Struct, frozen=True, kw_only=True):
             checkpoint_id=checkpoint_id, groups=1, codewords=self.cells, value_width=0, rate_HR=self.rate_R[None]
         )
 
-    def cells_of(self, field: str, values: Sequence[str | None]) -> UInt16[np.ndarray, "N"]:
-        """The cell of each value of a field; NO_CELL for a value that is missing or empty."""
+    def cells_of(
+        self, field: str, values: Sequence[str | None], row_N: Sequence[int] | np.ndarray
+    ) -> UInt16[np.ndarray, "N"]:
+        """The cell of each value of a field; NO_CELL for a value that is missing or empty.
+
+        row_N: the values' embedding rows. Values that have one have cells of their own, as long as there are enough;
+        those that came after the training (row 0) are hashed.
+        """
         first, cells = self._range(field)
-        return np.fromiter((first + _hash(v) % cells if v else NO_CELL for v in values), np.uint16, len(values))
+        known = zip(values, np.asarray(row_N).tolist(), strict=True)
+        found = (first + (row - 1 if row else _hash(v)) % cells if v else NO_CELL for v, row in known)
+        return np.fromiter(found, np.uint16, len(values))
 
     def _range(self, field: str) -> tuple[int, int]:
-        """The first of a field's own cells, and how many: of several fields, the item has three quarters.
+        """The first of a field's own cells, and how many: of several fields, the item has seven eighths.
 
-        Were all hashed over all cells, an item that shares one with a department would seem to be a favourite.
+        Were all among all cells, an item that shares one with a department would seem to be a favourite.
         """
         others = [name for name in self.fields if name != ITEM]
-        quarter = (self.cells - 1) // 4 if len(others) < len(self.fields) else self.cells - 1
-        each = quarter // max(1, len(others))
+        theirs = (self.cells - 1) // 8 if len(others) < len(self.fields) else self.cells - 1
+        each = theirs // max(1, len(others))
         if field == ITEM:
             return 1 + each * len(others), self.cells - 1 - each * len(others)
         return 1 + each * others.index(field), each

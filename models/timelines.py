@@ -26,8 +26,8 @@ from models.errors import InputError
 from models.request import Impression, Timeline
 
 User = TypeVar("User")
-# Impressions that share a pass over a timeline: two, and of a long one as many as its events make worth while.
-SHARED, EVENTS_PER_IMPRESSION = 2, 512
+# A pass over a timeline is shared by an impression for so many events.
+EVENTS_PER_IMPRESSION = 512
 # Beside the Parquet files: the feature table (numpy, M x F). In the work folder: what items are counted as (M x Q).
 FEATURES, CELLS = "features.npy", "cells.npy"
 SCHEMA = pa.schema(
@@ -128,7 +128,7 @@ def timeline_batches(files: Sequence[Path], limits: Limits, *, seed: int, epoch:
     """Batches of timelines, each with a few of its impressions, shuffled as impressions are.
 
     Impressions of one user are alike: a batch of few users with many of them trains worse. Passes over long timelines
-    are shared by more impressions, so that an impression costs EVENTS_PER_IMPRESSION events, or what two share.
+    are shared by more impressions, so that none costs more than EVENTS_PER_IMPRESSION events as long as there are any.
     """
     for batch in _filled(_shuffled(files, _timelines_and_ends, limits, seed, epoch), limits):
         yield [timeline.part(first, until) for timeline, first, until, _ in batch]
@@ -152,7 +152,7 @@ def _shuffled(
 
 def _parts(end_I: np.ndarray, most: int) -> Iterator[tuple[int, int, int]]:
     """A timeline's impressions by the passes that they share."""
-    share = min(most, max(SHARED, -(-int(end_I.max()) // EVENTS_PER_IMPRESSION)))
+    share = min(most, max(1, -(-int(end_I.max()) // EVENTS_PER_IMPRESSION)))
     for first in range(0, len(end_I), share):
         until = min(first + share, len(end_I))
         yield first, until, int(end_I[first:until].max())

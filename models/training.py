@@ -44,6 +44,8 @@ from models.timelines import (
 )
 
 COMMITMENT = 0.01
+# Of the steps, before keys are quantised.
+EXACT_SHARE = 0.3
 KEY_SAMPLE = 20_000
 # Items of a step that move the codewords, at most: long timelines have more, and as good a mean with these.
 MOVING_ITEMS = 4_096
@@ -295,7 +297,7 @@ def _request(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> Requ
 def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> tuple[float, float]:
     """One optimisation step; returns the loss and the mean AUC within impressions, both from before the step."""
     history = run.ranker.history
-    if isinstance(history, VqlHistory) and not history.codebook.started and run.step > run.steps // 2:
+    if isinstance(history, VqlHistory) and not history.codebook.started and run.step > EXACT_SHARE * run.steps:
         start_codebook(run)
     request = _request(run, share)
     for optimizer in run.optimizers:

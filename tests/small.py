@@ -63,7 +63,7 @@ def write_items(checkpoint: Checkpoint, item_ids: list[str], name: str, seed: in
     value_MV = rng.normal(size=(len(item_ids), sizes.heads * sizes.value_width))
     checkpoint.items_path.mkdir(exist_ok=True)
     counts = checkpoint.manifest.counts
-    cell_MQ = None if counts is None else counts.cells_of("item_id", item_ids)[:, None]
+    cell_MQ = None if counts is None else counts.cells_of("item_id", item_ids, range(len(item_ids)))[:, None]
     table = segment_table(item_ids, code_MG, value_MV, np.arange(len(item_ids))[:, None], cell_MQ)
     pq.write_table(table, checkpoint.items_path / name)
     append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [checkpoint.items_path / name])

@@ -31,7 +31,10 @@ def cell_table(counts: CountPlan) -> np.ndarray:
     """What the items of feature_table are counted as, item i5 of category c2 by these names; the unknown one is not."""
     names = {"item_id": [f"i{n}" for n in range(1, ITEMS + 1)], "category": [f"c{n}" for n in range(1, CATEGORIES + 1)]}
     fields = list(names)
-    cells = [counts.cells_of(f, ["", *names[f]])[feature_table()[:, fields.index(f)]] for f in counts.fields]
+    cells = [
+        counts.cells_of(f, ["", *names[f]], range(1 + len(names[f])))[feature_table()[:, fields.index(f)]]
+        for f in counts.fields
+    ]
     return np.stack(cells, axis=1)
 
 

@@ -95,8 +95,11 @@ def test_cells_are_those_of_the_text_also_of_new_items_and_values(spark, own_sho
 
     assert table.cell_MQ[UNKNOWN].tolist() == [NO_CELL, NO_CELL]
     assert COUNTS.fields == ["category", "item_id"]
+    known = {field: made.vocabulary(field) for field in COUNTS.fields}
     for item in items() + NEW:
-        wanted = [int(COUNTS.cells_of(field, [item[field]])[0]) for field in COUNTS.fields]
+        rows = [known[field].index(item[field]) + 1 if item[field] in known[field] else 0 for field in COUNTS.fields]
+        cells = [COUNTS.cells_of(f, [item[f]], [row]) for f, row in zip(COUNTS.fields, rows, strict=True)]
+        wanted = [int(cell[0]) for cell in cells]
         assert table.cell_MQ[table.index[item["item_id"]]].tolist() == wanted
         assert NO_CELL not in wanted
 

@@ -239,21 +239,21 @@ def test_an_event_without_a_cell_moves_the_reference_time_and_no_count():
 
 def test_a_value_has_one_cell_and_another_in_each_field():
     plan = make_plan(fields=2)
-    a, missing, empty_text, again = plan.cells_of("item_id", ["a", None, "", "a"]).tolist()
+    a, missing, empty_text, again = plan.cells_of("item_id", ["a", None, "", "a"], [0] * 4).tolist()
     assert (missing, empty_text, again) == (NO_CELL, NO_CELL, a)
     names = [f"v{n}" for n in range(2000)]
-    item, category = plan.cells_of("item_id", names), plan.cells_of("category", names)
+    item, category = (plan.cells_of(field, names, [0] * 2000) for field in plan.fields)
     assert NO_CELL < min(category) <= max(category) < min(item)
-    # As many different cells as 2,000 draws of three quarters of 65,535 give, to five standard deviations.
-    assert 1960 - 32 <= len(set(item.tolist())) <= 2000
+    # As many different cells as 2,000 draws of seven eighths of 65,535 give, to five standard deviations.
+    assert 1965 - 30 <= len(set(item.tolist())) <= 2000
 
 
 @pytest.mark.parametrize("fields", [["item_id"], ["a"], ["a", "b"], ["b", "item_id", "a"], ["item_id", *"abcdefgh"]])
-@pytest.mark.parametrize("cells", [37, 1000, BEYOND])
+@pytest.mark.parametrize("cells", [73, 1000, BEYOND])
 def test_the_cells_of_fields_are_apart_and_all_are_used(fields, cells):
     plan = CountPlan(fields=fields, half_life_ms=[None], cells=cells)
     values = [f"v{n}" for n in range(30 * cells if cells < BEYOND else 2000)]
-    found = [set(plan.cells_of(field, values).tolist()) for field in fields]
+    found = [set(plan.cells_of(field, values, [0] * len(values)).tolist()) for field in fields]
     assert sum(map(len, found)) == len(set().union(*found))
     assert set().union(*found) <= set(range(1, cells))
     if cells == 1000:
@@ -262,15 +262,25 @@ def test_the_cells_of_fields_are_apart_and_all_are_used(fields, cells):
 
 
 def test_cells_are_the_same_on_every_machine_and_in_every_version():
-    assert make_plan().cells_of("item_id", ["i1", "i2"]).tolist() == [27310, 56864]
+    assert make_plan().cells_of("item_id", ["i1", "i2"], [0, 0]).tolist() == [60078, 56864]
+
+
+def test_known_values_have_cells_of_their_own_as_long_as_there_are_enough():
+    plan = make_plan(cells=1 + 800)
+    names = [f"i{n}" for n in range(1_000)]
+    cell = plan.cells_of("item_id", names, range(1, 1_001))
+    # 800 cells less an eighth, for the other field.
+    assert len(set(cell[:700].tolist())) == 700
+    assert cell[700:].tolist() == cell[:300].tolist()
+    assert plan.cells_of("item_id", names[5:6], [0]) != cell[5]
 
 
 def small_counter() -> Counter:
     """Items i0 to i19 of three categories, counted with a half-life of an hour and without end."""
     plan, numbers = make_plan(fields=2, rates=2), range(20)
     cells = [
-        plan.cells_of("item_id", ["", *(f"i{n}" for n in numbers)]),
-        plan.cells_of("category", ["", *(f"c{n % 3}" for n in numbers)]),
+        plan.cells_of("item_id", ["", *(f"i{n}" for n in numbers)], range(21)),
+        plan.cells_of("category", ["", *(f"c{n % 3}" for n in numbers)], [0, *(1 + n % 3 for n in numbers)]),
     ]
     return Counter(plan=plan, cell_MQ=np.stack(cells, axis=1))
 
@@ -346,7 +356,7 @@ def test_exact_cells_collide_with_nothing_and_count_as_a_sketch_without_collisio
     item_N, time_N = rng.integers(0, 21, 60), START_MS + np.sort(rng.integers(0, 99 * HOUR_MS, 60))
     asked = [Asked(60, START_MS + 100 * HOUR_MS, np.arange(21))]
     names = [["", *(f"i{n}" for n in range(1, 21))], [f"c{v}" if v else "" for v in feature_MF[:, 2]]]
-    hashed = np.stack([plan.cells_of(f, n) for f, n in zip(plan.fields, names, strict=True)], axis=1)
+    hashed = np.stack([plan.cells_of(f, n, [0] * len(n)) for f, n in zip(plan.fields, names, strict=True)], axis=1)
     found, wanted = (
         Counter(plan=plan, cell_MQ=cells).of_timeline(item_N, time_N, np.ones(60, np.float32), asked)[0]
         for cells in (cell_MQ, hashed)
@@ -373,7 +383,8 @@ def dense_sketch_error(distinct: int, size_bytes: int, depth: int, rng: np.rando
 def test_fewer_strangers_are_taken_for_known_than_by_a_dense_sketch_of_as_many_bytes(distinct):
     """The choice of form. `pytest tests/models/test_counts.py -k strangers -s` shows the figures."""
     rng, plan = np.random.default_rng(distinct), make_plan(fields=1)
-    cell = plan.cells_of("item_id", [f"i{n}" for n in range(distinct + 20_000)])
+    numbers = range(distinct + 20_000)
+    cell = plan.cells_of("item_id", [f"i{n}" for n in numbers], [0] * len(numbers))
     events = CountedEvents(
         cell_NQ=cell[:distinct, None], time_ms_N=np.full(distinct, START_MS), weight_N=np.ones(distinct, np.float32)
     )
