@@ -34,7 +34,7 @@ from models.training import TrainPlan, final_parameters, train, trained_ranker
 
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
 DIAGNOSED_EVENTS = 50_000
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cuda",)
 # What the user is after right now: half-lives of the window over the newest events, head by head.
 NEWEST_HALF_LIFE_MS = (HOUR_MS, 6 * HOUR_MS, DAY_MS, 7 * DAY_MS)
 NEWEST = 50
@@ -46,6 +46,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     before_ms: events from then on are as if they were not in the log. None: all of them. newest_half_life_ms: of the
     window over the newest events, for sizes that have one. category_code: the field whose value is the code of group 0;
     unset, all codes are learned, and nothing that is named by a job has another name than before there was the choice.
+    device: a GPU; unset, the CPU.
     """
 
     log: str
@@ -65,7 +66,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     items_version: int | None = None
     before_ms: int | None = None
     category_code: str | msgspec.UnsetType = msgspec.UNSET
-    device: str = "cpu"
+    device: str | msgspec.UnsetType = msgspec.UNSET
 
 
 @errors_of_workers()
@@ -132,10 +133,10 @@ def _pin(spark: SparkSession, job: TrainJob, pinned: Path) -> TrainJob:
 
 def check_job(job: TrainJob, out: Path) -> None:
     """Refuse before hours of work what cannot be trained, or would write over something that is no checkpoint."""
-    if job.device not in DEVICES:
+    if job.device and job.device not in DEVICES:
         raise InputError(f"--device: {job.device!r} is none of {', '.join(DEVICES)}")
-    if job.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device: 'cuda' cannot be used here: torch finds no GPU; cpu always can")
+    if job.device and not torch.cuda.is_available():
+        raise InputError("--device: 'cuda' cannot be used here: torch finds no GPU; the CPU is used without it")
     for half_life_ms in (job.half_life_ms, *([job.newest_half_life_ms] if job.sizes.newest else [])):
         if len(half_life_ms) != job.sizes.heads:
             raise InputError(f"{len(half_life_ms)} half-lives for {job.sizes.heads} heads; give one per head")
@@ -239,8 +240,8 @@ def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabul
         batch=job.batch,
         patience=job.patience,
         seed=job.seed,
-        device=job.device,
-        bfloat16=job.device != "cpu",
+        device=job.device or "cpu",
+        bfloat16=bool(job.device),
     )
     if job.counts is not None:
         work.mkdir(parents=True, exist_ok=True)
