@@ -185,7 +185,11 @@ def scoring_checkpoint(path: Path, shape: Shape, seed: int = 0) -> Checkpoint:
     torch.manual_seed(seed)
     item_ids = [f"item-{n}" for n in range(1, ITEMS + 1)]
     feature_MF = np.arange(ITEMS + 1)[:, None]
-    cell_MQ = None if shape.counting is None else shape.counting.cells_of("item_id", ["", *item_ids])[:, None]
+    cell_MQ = (
+        None
+        if shape.counting is None
+        else shape.counting.cells_of("item_id", ["", *item_ids], range(1 + len(item_ids)))[:, None]
+    )
     history = VqlHistory(shape)
     ranker = Ranker(shape, torch.from_numpy(feature_MF), history, cell_MQ).eval()
     with torch.inference_mode():

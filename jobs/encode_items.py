@@ -128,7 +128,8 @@ def _cells(checkpoint: Checkpoint, columns: Mapping[str, tuple[list[str | None],
 def _unknown_segment(checkpoint: Checkpoint, folder: Path) -> Path:
     """Row 0: the item of which nothing is known."""
     fields = checkpoint.manifest.fields
-    feature, cells = np.zeros((1, len(fields)), np.int64), _cells(checkpoint, {field: [""] for field in fields})
+    feature = np.zeros((1, len(fields)), np.int64)
+    cells = _cells(checkpoint, {field: ([""], feature[:, f]) for f, field in enumerate(fields)})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "unknown.parquet"
     pq.write_table(encode_table(_unaware_ranker(checkpoint), [""], feature, cells), path)
