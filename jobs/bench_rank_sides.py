@@ -28,8 +28,9 @@ from torch.nn import functional
 from jobs.bench_load import ACTIONS, DAY_MS, ITEMS
 from jobs.cli_options import COUNT_HALF_LIVES
 from jobs.encode_items import encode_table
+from jobs.examples import Vocabulary
 from jobs.scoring import Asked, Scored, Scores
-from jobs.train import NEWEST, parse_counts, parse_newest_half_lives
+from jobs.train import NEWEST, item_cells, parse_counts, parse_newest_half_lives
 from models.attention import history_bias
 from models.checkpoint import Checkpoint, Manifest, Sizes, write_checkpoint
 from models.counts import Counter
@@ -185,16 +186,15 @@ def scoring_checkpoint(path: Path, shape: Shape, seed: int = 0) -> Checkpoint:
     torch.manual_seed(seed)
     item_ids = [f"item-{n}" for n in range(1, ITEMS + 1)]
     feature_MF = np.arange(ITEMS + 1)[:, None]
-    cell_MQ = (
-        None
-        if shape.counting is None
-        else shape.counting.cells_of("item_id", ["", *item_ids], range(1 + len(item_ids)))[:, None]
-    )
+    cell_MQ = None
+    if shape.counting is not None:
+        vocabulary = Vocabulary(fields={"item_id": item_ids}, feature_MF=feature_MF)
+        cell_MQ = item_cells("vql", shape.counting, vocabulary)
     history = VqlHistory(shape)
     ranker = Ranker(shape, torch.from_numpy(feature_MF), history, cell_MQ).eval()
     with torch.inference_mode():
-        keys = history.keys(ranker.encoder(torch.arange(ITEMS + 1)))
-        history.codebook.start(keys.reshape(len(keys), shape.sizes.groups, -1), torch.Generator().manual_seed(seed))
+        keys, _ = history.grouped_keys(ranker.encoder, torch.arange(ITEMS + 1))
+        history.codebook.start(keys, torch.Generator().manual_seed(seed))
     manifest = Manifest(
         model="vql",
         sizes=shape.sizes,

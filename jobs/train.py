@@ -258,15 +258,12 @@ def item_cells(model: str, counts: CountPlan, vocabulary: Vocabulary) -> np.ndar
     fields = list(vocabulary.fields)
     if counts_exactly(model):
         return exact_cells(vocabulary.feature_MF, fields, counts)
-    return np.stack(
-        [
-            counts.cells_of(f, ["", *vocabulary.fields[f]], range(1 + len(vocabulary.fields[f])))[
-                vocabulary.feature_MF[:, fields.index(f)]
-            ]
-            for f in counts.fields
-        ],
-        axis=1,
-    )
+
+    def cells(field: str) -> np.ndarray:
+        by_row = ["", *vocabulary.fields[field]]
+        return counts.cells_of(field, by_row, range(len(by_row)))[vocabulary.feature_MF[:, fields.index(field)]]
+
+    return np.stack([cells(field) for field in counts.fields], axis=1)
 
 
 def known_actions(events: DataFrame) -> list[str]:

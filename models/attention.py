@@ -209,11 +209,11 @@ def masses_now(
 
 def normed_heads(x_NX: Float[torch.Tensor, "*N X"], heads: int) -> Float[torch.Tensor, "*N H E"]:
     """Keys or queries of all heads side by side (X = H * E), layer-normed head by head."""
-    x_NHE = in_whole(x_NX).unflatten(-1, (heads, -1))
+    x_NHE = _in_whole(x_NX).unflatten(-1, (heads, -1))
     return functional.layer_norm(x_NHE, x_NHE.shape[-1:])
 
 
-def in_whole(x: torch.Tensor) -> torch.Tensor:
+def _in_whole(x: torch.Tensor) -> torch.Tensor:
     """What autocast made in bfloat16 as float32: logits and weights of events need more than three digits."""
     return x.float() if x.dtype == torch.bfloat16 else x
 

@@ -1,7 +1,7 @@
 """What a ranker is asked: candidates for users at a time, with each user's history as item indices.
 
-A `Request` has a history for each impression. A `TimelineBatch` has each user's events once, for all impressions of
-the user: the form that VQL is trained on.
+A `Request` has a history for each impression. A `TimelineBatch` has a timeline's events once, for all of its
+impressions that are asked together: the form that VQL is trained on.
 
 Shapes: B requests or impressions, C candidates, L events of the longest history, M events of all timelines, I
 impressions of a user. Padding has weight 0 (events) or label -1 (candidates). Indices are rows of the feature table: 0

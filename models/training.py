@@ -1,8 +1,8 @@
 """The training loop: the same for VQL and every rival, on one process or several, resumable at any moment.
 
-Rivals are asked impressions, each with its newest `length` events. VQL's batches are whole timelines: while its keys
-are exact it is asked their impressions as rivals are, and from then on the timelines themselves (models.chunked), at a
-cost per impression that does not grow with a history, and with all of it.
+Rivals are asked impressions, each with its newest `length` events. VQL's batches are timelines, each with a few of its
+impressions: while its keys are exact it is asked these as rivals are, and from then on the timelines themselves
+(models.chunked), at a cost per impression that does not grow with a history, and with all of it.
 
 A run is a function of its `TrainPlan` alone. The state (parameters, optimisers, random generators, step) is saved
 every `save_every_steps` and replaced atomically; a run that finds a state of its own plan continues from it and

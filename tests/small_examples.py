@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.examples import Vocabulary
+from jobs.train import item_cells
 from models.checkpoint import Sizes
 from models.counts import CountPlan
 from models.timelines import CELLS, FEATURES, SCHEMA
@@ -30,12 +32,7 @@ def feature_table() -> np.ndarray:
 def cell_table(counts: CountPlan) -> np.ndarray:
     """What the items of feature_table are counted as, item i5 of category c2 by these names; the unknown one is not."""
     names = {"item_id": [f"i{n}" for n in range(1, ITEMS + 1)], "category": [f"c{n}" for n in range(1, CATEGORIES + 1)]}
-    fields = list(names)
-    cells = [
-        counts.cells_of(f, ["", *names[f]], range(1 + len(names[f])))[feature_table()[:, fields.index(f)]]
-        for f in counts.fields
-    ]
-    return np.stack(cells, axis=1)
+    return item_cells("vql", counts, Vocabulary(fields=names, feature_MF=feature_table()))
 
 
 def write_small_examples(folder: Path, users: int = 40, seed: int = 0, user: User | None = None) -> Path:

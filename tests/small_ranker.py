@@ -39,8 +39,8 @@ def scoring_checkpoint(path: Path, seed: int = 5, counts: CountPlan | None = Non
     torch.nn.init.normal_(history.action_value_AHD)
     if history.window is not None:
         torch.nn.init.normal_(history.window.action_value_AHD)
-    keys = history.keys(ranker.encoder(torch.arange(ITEMS + 1))).detach()
-    history.codebook.start(keys.reshape(len(keys), sizes.groups, -1), torch.Generator().manual_seed(0))
+    keys, _ = history.grouped_keys(ranker.encoder, torch.arange(ITEMS + 1))
+    history.codebook.start(keys, torch.Generator().manual_seed(0))
     item_ids = [f"i{n}" for n in range(1, ITEMS + 1)]
     manifest = Manifest(
         model="vql",

@@ -32,8 +32,7 @@ def ranker(model: str = "vql") -> Ranker:
 
 def grouped_keys(made: Ranker, items: np.ndarray) -> torch.Tensor:
     assert isinstance(made.history, VqlHistory)
-    keys = made.history.keys(made.encoder(torch.from_numpy(items)))
-    return keys.reshape(len(items), SIZES.groups, -1).detach()
+    return made.history.grouped_keys(made.encoder, torch.from_numpy(items))[0].detach()
 
 
 def quantised(noise: float) -> Ranker:

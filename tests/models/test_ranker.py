@@ -47,8 +47,8 @@ def new_ranker(model: str = "vql", rates: int = 1, counting: CountPlan | None = 
     cells = None if counting is None else cell_table(counting)
     ranker = Ranker(shape, torch.from_numpy(feature_table()), HISTORIES[model](shape), cells).eval()
     if isinstance(ranker.history, VqlHistory):
-        keys = ranker.history.keys(ranker.encoder(torch.arange(ITEMS + 1)))
-        ranker.history.codebook.start(keys.reshape(len(keys), SIZES.groups, -1), torch.Generator().manual_seed(0))
+        keys, _ = ranker.history.grouped_keys(ranker.encoder, torch.arange(ITEMS + 1))
+        ranker.history.codebook.start(keys, torch.Generator().manual_seed(0))
         torch.nn.init.normal_(ranker.history.action_value_AHD)
         torch.nn.init.normal_(ranker.history.kernel.raw_HR)
         if ranker.history.window is not None:

@@ -48,6 +48,16 @@ def stopped_after(last: int):
     return step
 
 
+def go_on_after(monkeypatch, plan, *lasts: int) -> None:
+    """Train to the end, stopped after each of these steps."""
+    for last in lasts:
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "step", stopped_after(last))
+            with pytest.raises(KeyboardInterrupt):
+                train(plan)
+    train(plan)
+
+
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
@@ -169,11 +179,7 @@ def test_a_category_as_code_has_the_mean_of_its_keys_also_where_the_training_was
     assert torch.equal(nearest, torch.arange(CATEGORIES + 1))
 
     # Once the codebook has started.
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "step", stopped_after(44))
-        with pytest.raises(KeyboardInterrupt):
-            train(parted)
-    train(parted)
+    go_on_after(monkeypatch, parted, 44)
     assert same(final_parameters(whole), final_parameters(parted))
     assert losses(whole) == losses(parted)
 
@@ -223,13 +229,8 @@ def test_an_impatient_training_that_was_resumed_ends_as_one_that_was_not(tmp_pat
     parted = msgspec.structs.replace(whole, work=str(tmp_path / "parted"))
     train(whole)
 
-    # In the first half; after an epoch that was the best, whose state is older; and in one that was none.
-    for last in (32, 82, 87):
-        with monkeypatch.context() as patch:
-            patch.setattr(training, "step", stopped_after(last))
-            with pytest.raises(KeyboardInterrupt):
-                train(parted)
-    train(parted)
+    # While keys are exact; after an epoch that was the best, whose state is older; and in one that was none.
+    go_on_after(monkeypatch, parted, 32, 82, 87)
     assert same(final_parameters(whole), final_parameters(parted))
     assert losses(whole) == losses(parted)
 
