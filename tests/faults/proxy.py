@@ -19,8 +19,8 @@ class Proxy:
     """Passes bytes on, and waits for a server that is not there.
 
     late_s: bounds of the wait before each answer. lost_share: how many answers end with their connection. hold_at:
-    from the first request on that has these bytes, answers are kept back, which `held` tells, until `release`.
-    pass_bytes: of answers, before the rest is kept back in the same way.
+    from a request on that has these bytes, answers are kept back, which `held` tells, until `release`; hold_after of
+    such requests pass before. pass_bytes: of answers, before the rest is kept back in the same way.
     """
 
     port: int
@@ -29,6 +29,7 @@ class Proxy:
     late_s: tuple[float, float] = (0.0, 0.0)
     lost_share: float = 0.0
     hold_at: bytes | None = None
+    hold_after: int = 0
     pass_bytes: int | None = None
     held: threading.Event = field(default_factory=threading.Event)
     answers: int = 0
@@ -69,7 +70,9 @@ class Proxy:
             while chunk := client.recv(CHUNK_BYTES):
                 asked.set()
                 if self.hold_at is not None and self.hold_at in chunk:
-                    self._open.clear()
+                    if self.hold_after == 0:
+                        self._open.clear()
+                    self.hold_after = max(0, self.hold_after - 1)
                 server.sendall(chunk)
         _end(client, server)
 
