@@ -14,6 +14,7 @@ import numpy as np
 
 from models.item_table import UNKNOWN
 from models.memory import copy, load_f32, load_i32, load_u16, prefetch
+from models.short_vectors import add_product, product, quotient
 
 # A sum this much smaller than its terms is rounding error of float32 terms, not mass; where the net count says that
 # every event met its retraction, the rounding of many folds may have added up.
@@ -161,9 +162,10 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
         mass_E, gross_E = np.empty(codes * entries), np.empty(codes * entries)
         total_X = np.empty(codes * entries * width)
         decay_GPR = np.empty((groups, heads, rates))
-        value_HD = np.empty((groups * heads, width))
+        mean, total = mean_X.ctypes.data, total_X.ctypes.data
         code_address, code_bytes = code_MG.ctypes.data, 2 * groups
         value_address, value_bytes = value_MHD.ctypes.data, 4 * groups * heads * width
+        action_address = action_value_AHD.ctypes.data
         for b in range(place_B.shape[0]):
             place = place_B[b]
             reference_ms_B[b] = count_B[b] = unknown_B[b] = 0
@@ -213,10 +215,9 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                         mass = load_f32(place.masses + 4 * (at + r)) * decay_GPR[g, p, r]
                         gone = abs(mass) < VANISHED or abs(np.float32(mass)) < np.float32(VANISHED)
                         mass_X[to + r] = 0.0 if gone else mass
-                        x, y = place.means + 4 * width * (at + r), np.uint32((to + r) * width)
                         if not gone:
-                            for d in range(width):
-                                mean_X[np.uint32(y + d)] = load_f32(x + 4 * d)
+                            row_bytes = 4 * width
+                            copy(mean + row_bytes * (to + r), place.means + row_bytes * (at + r), row_bytes)
             for s in range(slots):
                 code, g = code_S[s], group_S[s]
                 n = entry_C[np.uint32(code)]
@@ -224,27 +225,29 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                 for p in range(heads):
                     for r in range(rates):
                         e = np.uint32((s * heads + p) * rates + r)
-                        x = np.uint32(e * width)
                         if n >= 0:
                             at = (n * heads + p) * rates + r
                             mass = load_f32(place.masses + 4 * at) * decay_GPR[g, p, r]
                             mass_E[e], gross_E[e] = mass, abs(mass)
-                            for d in range(width):
-                                total_X[x + d] = mass * load_f32(place.means + 4 * (width * at + d))
+                            product(total + 8 * width * e, mass, place.means + 4 * width * at, width)
                         else:
                             mass_E[e] = gross_E[e] = 0.0
-                            for d in range(width):
-                                total_X[x + d] = 0.0
+                            total_X[e * width : (e + 1) * width] = 0.0
             for n in range(first, last):
                 item, action, weight = event_N[n].item, event_N[n].action, event_N[n].weight
-                for h in range(groups * heads):
-                    for d in range(width):
-                        value_HD[h, d] = value_MHD[item, h, d] + action_value_AHD[action, h, d]
+                value, action_value = value_address + item * value_bytes, action_address + action * value_bytes
                 event_age_ms = reference_ms - event_N[n].time_ms
                 for g in range(groups):
                     s = np.int64(slot_C[np.uint32(g * codewords + np.int64(code_MG[item, g]))])
                     net_S[s] += 1 if weight > 0 else -1
-                    _add(mass_E, gross_E, total_X, s, weight, event_age_ms, rate_GPR, g, value_HD, heads, rates, width)
+                    for p in range(heads):
+                        own = 4 * width * (g * heads + p)
+                        for r in range(rates):
+                            mass = weight * np.exp(-rate_GPR[g, p, r] * event_age_ms)
+                            e = np.uint32((s * heads + p) * rates + r)
+                            mass_E[e] += mass
+                            gross_E[e] += abs(mass)
+                            add_product(total + 8 * width * e, mass, value + own, action_value + own, width)
             for s in range(slots):
                 code = code_S[s]
                 slot_C[code] = -1
@@ -254,17 +257,15 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                     for r in range(rates):
                         e = np.uint32((s * heads + p) * rates + r)
                         to = np.uint32(((g * heads + p) * codewords + k) * rates + r)
-                        mass, x, y = mass_E[e], np.uint32(e * width), np.uint32(to * width)
+                        mass = mass_E[e]
                         if abs(np.float32(mass)) >= np.float32(VANISHED):
                             mass_X[to] = mass
-                            for d in range(width):
-                                mean_X[y + d] = total_X[x + d] / mass
+                            quotient(mean + 4 * width * to, total + 8 * width * e, mass, width)
                         else:
                             mass_X[to] = 0.0
-                            for d in range(width):
-                                mean_X[y + d] = 0.0
+                            mean_X[to * width : (to + 1) * width] = 0.0
             copy(mass_address + b * 4 * mass_X.shape[0], mass_X.ctypes.data, 4 * mass_X.shape[0])
-            copy(mean_address + b * 4 * mean_X.shape[0], mean_X.ctypes.data, 4 * mean_X.shape[0])
+            copy(mean_address + b * 4 * mean_X.shape[0], mean, 4 * mean_X.shape[0])
             reference_ms_B[b], count_B[b] = reference_ms, place.count + place.events
 
     # Errors as numpy's: a check of every divisor would keep the compiler from vectors.

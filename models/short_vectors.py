@@ -1,0 +1,101 @@
+"""Arithmetic on a few numbers that lie side by side at an address, as vector instructions of the processor.
+
+Of loops this short numba's compiler makes no vectors: it cannot know that what is written is not what is read next.
+`width` has to be known when the caller is compiled. Nothing is checked, as in `models.memory`. Products and sums are
+rounded one by one, as numpy's are.
+"""
+
+from __future__ import annotations
+
+from inspect import unwrap
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core.errors import RequireLiteralValue
+from numba.extending import intrinsic
+
+_F32, _F64 = ir.FloatType(), ir.DoubleType()
+
+
+class _Vectors:
+    """Builds instructions on vectors of so many numbers."""
+
+    def __init__(self, builder: ir.IRBuilder, width: int) -> None:
+        self._builder, self._width = builder, width
+
+    def at(self, address: ir.Value, number: ir.Type) -> ir.Value:
+        return self._builder.inttoptr(address, ir.VectorType(number, self._width).as_pointer())
+
+    def load(self, address: ir.Value, number: ir.Type) -> ir.Value:
+        return self._builder.load(self.at(address, number), align=1)
+
+    def store(self, value: ir.Value, address: ir.Value, number: ir.Type) -> None:
+        self._builder.store(value, self.at(address, number), align=1)
+
+    def wide(self, value: ir.Value) -> ir.Value:
+        return self._builder.fpext(value, ir.VectorType(_F64, self._width))
+
+    def narrow(self, value: ir.Value) -> ir.Value:
+        return self._builder.fptrunc(value, ir.VectorType(_F32, self._width))
+
+    def repeated(self, number: ir.Value) -> ir.Value:
+        none = ir.Constant(ir.VectorType(_F64, self._width), ir.Undefined)
+        first = self._builder.insert_element(none, number, ir.IntType(32)(0))
+        return self._builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(ir.IntType(32), self._width), None))
+
+
+def _known(width: Any) -> int:
+    if not isinstance(width, types.IntegerLiteral):
+        raise RequireLiteralValue("width")
+    return width.literal_value
+
+
+def _add_product():
+    def typed(typing_context, to, factor, first, second, width):
+        def generate(context, builder, signature, arguments):
+            to, factor, first, second, _ = arguments
+            on = _Vectors(builder, _known(width))
+            number = on.wide(builder.fadd(on.load(first, _F32), on.load(second, _F32)))
+            sum_ = builder.fadd(on.load(to, _F64), builder.fmul(on.repeated(factor), number))
+            on.store(sum_, to, _F64)
+            return context.get_dummy_value()
+
+        _known(width)
+        return types.void(types.int64, types.float64, types.int64, types.int64, width), generate
+
+    return intrinsic(prefer_literal=True)(unwrap(typed))
+
+
+def _product():
+    def typed(typing_context, to, factor, source, width):
+        def generate(context, builder, signature, arguments):
+            to, factor, source, _ = arguments
+            on = _Vectors(builder, _known(width))
+            on.store(builder.fmul(on.repeated(factor), on.wide(on.load(source, _F32))), to, _F64)
+            return context.get_dummy_value()
+
+        _known(width)
+        return types.void(types.int64, types.float64, types.int64, width), generate
+
+    return intrinsic(prefer_literal=True)(unwrap(typed))
+
+
+def _quotient():
+    def typed(typing_context, to, source, divisor, width):
+        def generate(context, builder, signature, arguments):
+            to, source, divisor, _ = arguments
+            on = _Vectors(builder, _known(width))
+            on.store(on.narrow(builder.fdiv(on.load(source, _F64), on.repeated(divisor))), to, _F32)
+            return context.get_dummy_value()
+
+        _known(width)
+        return types.void(types.int64, types.int64, types.float64, width), generate
+
+    return intrinsic(prefer_literal=True)(unwrap(typed))
+
+
+# add_product(to, factor, first, second, width): float64 at `to` += factor * (first + second), which are float32
+# product(to, factor, source, width): float64 at `to` = factor * source, which is float32
+# quotient(to, source, divisor, width): float32 at `to` = source, which is float64, / divisor
+add_product, product, quotient = _add_product(), _product(), _quotient()
