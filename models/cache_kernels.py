@@ -40,19 +40,6 @@ PLACE = np.dtype(
 EVENT = np.dtype([("time_ms", "<i8"), ("item", "<i8"), ("action", "<i4"), ("weight", "<f4")])
 
 
-def _add(mass_E, gross_E, total_X, code, weight, age_ms, rate_GPR, g, value_HD, heads, rates, width):
-    """An event enters an entry. Flat arrays and unsigned indices, of which the compiler can make vectors."""
-    for p in range(heads):
-        for r in range(rates):
-            mass = weight * np.exp(-rate_GPR[g, p, r] * age_ms)
-            e = np.uint32((code * heads + p) * rates + r)
-            x, h = np.uint32(e * width), np.uint32(g * heads + p)
-            mass_E[e] += mass
-            gross_E[e] += abs(mass)
-            for d in range(width):
-                total_X[x + d] += mass * value_HD[h, d]
-
-
 def _settle(mass_E, gross_E, total_X, code, net, entries, width):
     """What cancelled to rounding error is nothing. `entries` are of one code: P x R."""
     error = CANCELLED_WHOLLY if net == 0 else CANCELLED
@@ -65,7 +52,7 @@ def _settle(mass_E, gross_E, total_X, code, net, entries, width):
 
 
 # Inlined, because a call passes each array as ten arguments.
-_add, _settle = (numba.njit(inline="always")(unwrap(each)) for each in (_add, _settle))
+_settle = numba.njit(inline="always")(unwrap(_settle))
 
 
 def _fold_loop(
@@ -107,7 +94,15 @@ def _fold_loop(
             code = g * codewords + np.int64(event_code_NG[n, g])
             touched[code] = True
             net[code] += 1 if weight > 0 else -1
-            _add(mass_E, gross_E, total_X, code, weight, age_ms, rate_GPR, g, value_HD, heads, rates, width)
+            for p in range(heads):
+                for r in range(rates):
+                    mass = weight * np.exp(-rate_GPR[g, p, r] * age_ms)
+                    e = np.uint32((code * heads + p) * rates + r)
+                    x, h = np.uint32(e * width), np.uint32(g * heads + p)
+                    mass_E[e] += mass
+                    gross_E[e] += abs(mass)
+                    for d in range(width):
+                        total_X[x + d] += mass * value_HD[h, d]
     codes = np.flatnonzero(touched)
     moment = np.empty((codes.shape[0], heads, rates, 1 + width))
     for n, code in enumerate(codes):

@@ -24,28 +24,29 @@ class _Vectors:
     def __init__(self, builder: ir.IRBuilder, width: int) -> None:
         self._builder, self._width = builder, width
 
-    def at(self, address: ir.Value, number: ir.Type) -> ir.Value:
+    def at(self, address: ir.Value, number: ir.Type) -> Any:
         return self._builder.inttoptr(address, ir.VectorType(number, self._width).as_pointer())
 
-    def load(self, address: ir.Value, number: ir.Type) -> ir.Value:
+    def load(self, address: ir.Value, number: ir.Type) -> Any:
         return self._builder.load(self.at(address, number), align=1)
 
     def store(self, value: ir.Value, address: ir.Value, number: ir.Type) -> None:
         self._builder.store(value, self.at(address, number), align=1)
 
-    def wide(self, value: ir.Value) -> ir.Value:
+    def wide(self, value: ir.Value) -> Any:
         return self._builder.fpext(value, ir.VectorType(_F64, self._width))
 
-    def narrow(self, value: ir.Value) -> ir.Value:
+    def narrow(self, value: ir.Value) -> Any:
         return self._builder.fptrunc(value, ir.VectorType(_F32, self._width))
 
-    def repeated(self, number: ir.Value) -> ir.Value:
+    def repeated(self, number: ir.Value) -> Any:
         none = ir.Constant(ir.VectorType(_F64, self._width), ir.Undefined)
         first = self._builder.insert_element(none, number, ir.IntType(32)(0))
         return self._builder.shuffle_vector(first, none, ir.Constant(ir.VectorType(ir.IntType(32), self._width), None))
 
 
 def _known(width: Any) -> int:
+    """The width, which numba asks for again as a literal where it is none."""
     if not isinstance(width, types.IntegerLiteral):
         raise RequireLiteralValue("width")
     return width.literal_value
@@ -53,15 +54,16 @@ def _known(width: Any) -> int:
 
 def _add_product():
     def typed(typing_context, to, factor, first, second, width):
+        lanes = _known(width)
+
         def generate(context, builder, signature, arguments):
             to, factor, first, second, _ = arguments
-            on = _Vectors(builder, _known(width))
+            on = _Vectors(builder, lanes)
             number = on.wide(builder.fadd(on.load(first, _F32), on.load(second, _F32)))
             sum_ = builder.fadd(on.load(to, _F64), builder.fmul(on.repeated(factor), number))
             on.store(sum_, to, _F64)
             return context.get_dummy_value()
 
-        _known(width)
         return types.void(types.int64, types.float64, types.int64, types.int64, width), generate
 
     return intrinsic(prefer_literal=True)(unwrap(typed))
@@ -69,13 +71,14 @@ def _add_product():
 
 def _product():
     def typed(typing_context, to, factor, source, width):
+        lanes = _known(width)
+
         def generate(context, builder, signature, arguments):
             to, factor, source, _ = arguments
-            on = _Vectors(builder, _known(width))
+            on = _Vectors(builder, lanes)
             on.store(builder.fmul(on.repeated(factor), on.wide(on.load(source, _F32))), to, _F64)
             return context.get_dummy_value()
 
-        _known(width)
         return types.void(types.int64, types.float64, types.int64, width), generate
 
     return intrinsic(prefer_literal=True)(unwrap(typed))
@@ -83,13 +86,14 @@ def _product():
 
 def _quotient():
     def typed(typing_context, to, source, divisor, width):
+        lanes = _known(width)
+
         def generate(context, builder, signature, arguments):
             to, source, divisor, _ = arguments
-            on = _Vectors(builder, _known(width))
+            on = _Vectors(builder, lanes)
             on.store(on.narrow(builder.fdiv(on.load(source, _F64), on.repeated(divisor))), to, _F32)
             return context.get_dummy_value()
 
-        _known(width)
         return types.void(types.int64, types.int64, types.float64, width), generate
 
     return intrinsic(prefer_literal=True)(unwrap(typed))
