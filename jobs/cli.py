@@ -202,8 +202,8 @@ def train(
     log_version: Annotated[int | None, typer.Option(help="Delta version of the log to read; newest if absent.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
     device: Annotated[
-        str | None, typer.Option(help="cuda: a GPU, products outside of attention in bfloat16. Absent: the CPU.")
-    ] = None,
+        str, typer.Option(help="cpu, or cuda: a GPU, with the products outside of attention in bfloat16.")
+    ] = "cpu",
     master: Master = LOCAL,
 ) -> None:
     """Train a model on the log and write a checkpoint. After a kill, the same command continues."""
@@ -241,7 +241,7 @@ def train(
         seed=seed,
         log_version=log_version,
         category_code=category_code or UNSET,
-        device=device or UNSET,
+        device=UNSET if device == "cpu" else device,
     )
     check_job(job, checkpoint)
     made = run_training(open_spark(master), job, work, checkpoint, processes)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from feature_repo.reader import Reader
+from jobs.devices import usable_device
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
 from models.errors import InputError
@@ -146,13 +147,7 @@ def load_scorer(checkpoint: Checkpoint, fold: Fold, reader: Reader, placement: P
 
 def placed(device: str, means: str) -> Placement:
     """The placement of these names, the second one of MEANS. Raises InputError for a device that cannot be used."""
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device: {device!r} cannot be used here ({reason}); cpu always can") from error
-    return Placement(device=chosen, means=MEANS[means])
+    return Placement(device=usable_device(device), means=MEANS[means])
 
 
 def _alike(counts: Sequence[int], pass_candidates: int) -> list[list[int]]:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import torch
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from jobs.baskets import ExamplePlan
+from jobs.devices import usable_device
 from jobs.event_log import LogFacts, log_facts, read_events
 from jobs.examples import Vocabulary, build_vocabulary, write_examples
 from jobs.spark import errors_of_workers, read_delta, table_version
@@ -34,7 +34,6 @@ from models.training import TrainPlan, final_parameters, train, trained_ranker
 
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
 DIAGNOSED_EVENTS = 50_000
-DEVICES = ("cuda",)
 # What the user is after right now: half-lives of the window over the newest events, head by head.
 NEWEST_HALF_LIFE_MS = (HOUR_MS, 6 * HOUR_MS, DAY_MS, 7 * DAY_MS)
 NEWEST = 50
@@ -46,7 +45,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     before_ms: events from then on are as if they were not in the log. None: all of them. newest_half_life_ms: of the
     window over the newest events, for sizes that have one. category_code: the field whose value is the code of group 0;
     unset, all codes are learned, and nothing that is named by a job has another name than before there was the choice.
-    device: a GPU; unset, the CPU.
+    device: cuda, where products outside of attention are in bfloat16; unset, the CPU.
     """
 
     log: str
@@ -133,10 +132,8 @@ def _pin(spark: SparkSession, job: TrainJob, pinned: Path) -> TrainJob:
 
 def check_job(job: TrainJob, out: Path) -> None:
     """Refuse before hours of work what cannot be trained, or would write over something that is no checkpoint."""
-    if job.device and job.device not in DEVICES:
-        raise InputError(f"--device: {job.device!r} is none of {', '.join(DEVICES)}")
-    if job.device and not torch.cuda.is_available():
-        raise InputError("--device: 'cuda' cannot be used here: torch finds no GPU; the CPU is used without it")
+    if job.device:
+        usable_device(job.device)
     for half_life_ms in (job.half_life_ms, *([job.newest_half_life_ms] if job.sizes.newest else [])):
         if len(half_life_ms) != job.sizes.heads:
             raise InputError(f"{len(half_life_ms)} half-lives for {job.sizes.heads} heads; give one per head")

@@ -302,7 +302,7 @@ def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> tuple[fl
     request = _request(run, share)
     for optimizer in run.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(run.plan.device, torch.bfloat16, enabled=run.plan.bfloat16):
+    with torch.autocast(torch.device(run.plan.device).type, torch.bfloat16, enabled=run.plan.bfloat16):
         logit_BC, commitment = run.forward(request)
     logit_BC = logit_BC.float()
     error = loss(logit_BC, request.label_BC)

@@ -43,10 +43,10 @@ train_alone(msgspec.json.decode(sys.stdin.buffer.read(), type=TrainPlan))
 
 @pytest.mark.spark
 def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
-    for device, reason in (("tpu", "none of cuda"), ("cuda", "finds no GPU")):
+    for device in ("tpu", "cuda"):
         if device == "cuda" and torch.cuda.is_available():
             continue
-        with pytest.raises(InputError, match=f"--device: '{device}'.*{reason}"):
+        with pytest.raises(InputError, match=f"--device: '{device}' cannot be used here"):
             check_job(TrainJob(log="log", device=device), tmp_path / "checkpoint")
 
 
