@@ -5,10 +5,14 @@ A client's own parser copies each byte string twice, and takes as long as the se
 
 from __future__ import annotations
 
+import select
+import socket
+import time
 from collections.abc import Sequence
 
 import numba
 import numpy as np
+from numba import types
 from redis.connection import DefaultParser
 from redis.exceptions import InvalidResponse
 
@@ -34,14 +38,21 @@ def packed(command: Sequence[bytes]) -> bytes:
     return b"*%d\r\n%b" % (len(command), b"".join([b"$%d\r\n%b\r\n" % (len(each), each) for each in command]))
 
 
-@numba.njit("Tuple((i8, i8, i8, b1))(u1[::1], i8, i8, i8[::1], i8[::1], i8)", cache=True)
-def _find(block, begin, end, start_P, size_P, found):
+# libc's, which compiled code calls without the interpreter.
+_recv = types.ExternalFunction("recv", types.int64(types.int32, types.int64, types.int64, types.int32))
+_poll = types.ExternalFunction("poll", types.int32(types.int64, types.int64, types.int32))
+_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+_AT_ONCE, _TO_READ, _CLOCK = np.int32(socket.MSG_DONTWAIT), select.POLLIN, np.int32(time.CLOCK_MONOTONIC)
+
+
+@numba.njit("Tuple((i8, i8, i8, b1))(u1[::1], i8, i8, i8, i8[::1], i8[::1], i8)", cache=True, nogil=True)
+def _find(block, address, begin, end, address_P, size_P, found):
     """Where the strings of the pairs from `begin` to `end` are: *2, and twice $, a size and so many bytes.
 
     Returns where the first pair begins that is not all there, how many strings are found by now, how many bytes
     that pair takes at least, and whether it can become one.
     """
-    while found < len(start_P):
+    while found < len(size_P):
         at, need = begin, 4
         for place, byte in enumerate((_STAR, _TWO, _CR, _LF)):
             if at + place < end and block[at + place] != byte:
@@ -61,7 +72,7 @@ def _find(block, begin, end, start_P, size_P, found):
             if at + 1 < end and block[at + 1] != _LF:
                 return begin, found, need, False
             at += 2
-            start_P[found + p], size_P[found + p] = at, -1 if none else size
+            address_P[found + p], size_P[found + p] = address + at, -1 if none else size
             if at <= end and not none:
                 at += size + 2
                 need = at - begin
@@ -73,6 +84,44 @@ def _find(block, begin, end, start_P, size_P, found):
     return begin, found, 0, begin == end
 
 
+@numba.njit("f8()", cache=True, nogil=True)
+def _now_s():
+    time_2 = np.zeros(2, np.int64)
+    _clock_gettime(_CLOCK, time_2.ctypes.data)
+    return time_2[0] + 1e-9 * time_2[1]
+
+
+@numba.njit("i8(i8, i8, i8, f8)", cache=True, nogil=True)
+def _receive_some(descriptor, address, size_bytes, until_s):
+    """How many bytes came by then; below 1 where none did, whatever the cause."""
+    came = _recv(np.int32(descriptor), address, size_bytes, _AT_ONCE)
+    if came < 0:
+        # Whole milliseconds that are left; what is less than one is the caller's to wait.
+        left_ms = min(max(int(1000 * (until_s - _now_s())), 0), 1 << 30)
+        # struct pollfd: the descriptor, and what is waited for in the next two bytes.
+        polled_2 = np.array([descriptor, _TO_READ], np.int32)
+        if _poll(polled_2.ctypes.data, 1, np.int32(left_ms)) > 0:
+            came = _recv(np.int32(descriptor), address, size_bytes, _AT_ONCE)
+    return came
+
+
+@numba.njit(
+    "Tuple((i8, i8, i8, i8, b1))(i8, f8, i8, i8, u1[::1], i8, i8, i8, i8, i8[::1], i8[::1], i8)",
+    cache=True,
+    nogil=True,
+)
+def _receive(descriptor, wait_s, wanted, at_once, block, address, begin, end, need, address_P, size_P, found):
+    """Receive and find, until so many strings are found, the block is full, or no more comes in time."""
+    until_s, sound = _now_s() + wait_s, True
+    while found < wanted and sound and len(block) - end >= max(need - (end - begin), at_once // 4):
+        came = _receive_some(descriptor, address + end, min(at_once, len(block) - end), until_s)
+        if came <= 0:
+            break
+        end += came
+        begin, found, need, sound = _find(block, address, begin, end, address_P, size_P, found)
+    return begin, end, found, need, sound
+
+
 class PairAnswers:
     """The answers to so many commands that each ask for two strings (HMGET, MGET), as they come: `room` says where to.
 
@@ -81,23 +130,24 @@ class PairAnswers:
     """
 
     def __init__(self, commands: int) -> None:
-        self._start_P, self._size_P, self._address_P = np.empty((3, 2 * commands), np.int64)
-        self._parts: list[np.ndarray] = []
+        self._address_P, self._size_P = np.empty((2, 2 * commands), np.int64)
+        self._blocks: list[np.ndarray] = []
+        self._found = self._need_bytes = 0
         self._begin_block(BLOCK_BYTES)
-        self._need_bytes = 0
 
     def __len__(self) -> int:
         """How many are there."""
-        return len(self._parts) // 2
+        return self._found // 2
 
     def rows(self, first: int, last: int) -> StoredRows:
         """Those from `first` to `last`, without the last: strings f and r."""
         at = slice(2 * first, 2 * last)
-        return StoredRows(self._parts[at], self._address_P[at], self._size_P[at])
+        return StoredRows(self._blocks, self._address_P[at], self._size_P[at])
 
     def pair(self, n: int) -> list[bytes | None]:
         """Both strings, None where there is none."""
-        return [None if self._size_P[p] < 0 else self._parts[p].tobytes() for p in (2 * n, 2 * n + 1)]
+        rows = self.rows(n, n + 1)
+        return [rows.part(0), rows.part(1)]
 
     def room(self) -> memoryview:
         """Where to receive to; at least one byte."""
@@ -113,19 +163,41 @@ class PairAnswers:
     def received(self, size_bytes: int) -> None:
         """So much has come."""
         self._end += size_bytes
-        block, before = self._block, len(self._parts)
-        self._begin, found, self._need_bytes, sound = _find(
-            block, self._begin, self._end, self._start_P, self._size_P, before
+        self._begin, self._found, self._need_bytes, sound = _find(
+            self._block, self._address, self._begin, self._end, self._address_P, self._size_P, self._found
         )
-        start_P, size_P = self._start_P[before:found], self._size_P[before:found]
-        self._address_P[before:found] = start_P + self._address
-        ends = (start_P + np.maximum(size_P, 0)).tolist()
-        self._parts += [block[start:end] for start, end in zip(start_P.tolist(), ends, strict=True)]
         if not sound:
             self._refuse()
 
+    def receive(self, descriptor: int, wanted: int, wait_s: float) -> bool:
+        """Receive from a plain socket until so many are there, for at most so long; False where nothing came.
+
+        One compiled call in place of many turns of `room` and `received`, with the interpreter free. Why nothing came,
+        the socket will say.
+        """
+        self.room()
+        before = self._end
+        self._begin, self._end, self._found, self._need_bytes, sound = _receive(
+            descriptor,
+            wait_s,
+            2 * wanted,
+            RECEIVE_BYTES,
+            self._block,
+            self._address,
+            self._begin,
+            self._end,
+            self._need_bytes,
+            self._address_P,
+            self._size_P,
+            self._found,
+        )
+        if not sound:
+            self._refuse()
+        return self._end > before
+
     def _begin_block(self, size_bytes: int) -> None:
         self._block = np.empty(size_bytes, np.uint8)
+        self._blocks.append(self._block)
         self._view, self._address = memoryview(self._block), self._block.__array_interface__["data"][0]
         self._begin = self._end = 0
 

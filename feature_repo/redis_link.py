@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import ssl
 import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -22,7 +24,7 @@ from redis.exceptions import (
 )
 from redis.retry import Retry
 
-from feature_repo.redis_answers import PairAnswers, packed
+from feature_repo.redis_answers import PairAnswers
 from feature_repo.redis_scripts import SCRIPTS, Script
 from feature_repo.redis_settings import RedisSettings
 from models.errors import StoreError, UnavailableError
@@ -84,9 +86,9 @@ class RedisLink:
         return answers
 
     def fetch(
-        self, commands: Sequence[Sequence[bytes]], take: Callable[[int, int, PairAnswers], None], until_s: float | None
+        self, commands: Sequence[bytes], take: Callable[[int, int, PairAnswers], None], until_s: float | None
     ) -> Generator[None, None, PairAnswers]:
-        """The answers to commands that each ask for two strings (HMGET, MGET), in one read.
+        """The answers to commands (`packed`) that each ask for two strings (HMGET, MGET), in one read.
 
         `take` gets them in parts as they come: from which one on to which one without it. A try that failed is made
         again from the first. Yields where it may take long from here on: it has no connection yet, or lost it, or
@@ -131,39 +133,49 @@ class RedisLink:
     def _exchange(
         self,
         connection: redis.Connection,
-        commands: Sequence[Sequence[bytes]],
+        commands: Sequence[bytes],
         take: Callable[[int, int, PairAnswers], None],
         until_s: float | None,
     ) -> Generator[None, None, PairAnswers]:
         answers, taken, sent, together, send_at = PairAnswers(len(commands)), 0, 0, COMMANDS_AT_FIRST, 0
         asked_s = time.monotonic()
         # redis-py connects, authenticates and speaks TLS; of these answers its own parser sees nothing.
-        socket = connection._sock
+        socket, descriptor = connection._sock, None
         try:
+            if not isinstance(socket, ssl.SSLSocket):
+                # Our own: another thread may close the connection, and what is opened next would have its number.
+                descriptor = os.dup(socket.fileno())
             while taken < len(commands):
-                wait_s = self._timeout_s if until_s is None else until_s - time.monotonic()
-                if wait_s <= 0:
+                now_s = time.monotonic()
+                end_s = now_s + self._timeout_s if until_s is None else until_s
+                if end_s <= now_s:
                     until_s = None
                     yield
                     continue
-                socket.settimeout(wait_s)
                 if send_at <= len(answers) and sent < len(commands):
-                    if sent and time.monotonic() - asked_s > FAR_S:
+                    if sent and now_s - asked_s > FAR_S:
                         together = len(commands)
-                    asked_s = time.monotonic()
-                    socket.sendall(b"".join(map(packed, commands[sent : sent + together])))
+                    asked_s = now_s
+                    socket.settimeout(end_s - now_s)
+                    socket.sendall(b"".join(commands[sent : sent + together]))
                     if sent == 0:
                         take(0, 0, answers)
                     sent, together, send_at = sent + together, 2 * together, sent + 1
-                try:
-                    size_bytes = socket.recv_into(answers.room())
-                except TimeoutError:
-                    if until_s is None:
-                        raise
-                    continue
-                if size_bytes == 0:
-                    raise redis.ConnectionError("connection closed by server")
-                answers.received(size_bytes)
+                wanted = min(
+                    taken + ANSWERS_PER_PART, len(commands), send_at if sent < len(commands) else len(commands)
+                )
+                if descriptor is None or not answers.receive(descriptor, wanted, end_s - time.monotonic()):
+                    # Why nothing came in time, or at all, is for Python's own receive to say.
+                    socket.settimeout(max(end_s - time.monotonic(), 0.001))
+                    try:
+                        size_bytes = socket.recv_into(answers.room())
+                    except TimeoutError:
+                        if until_s is None:
+                            raise
+                        continue
+                    if size_bytes == 0:
+                        raise redis.ConnectionError("connection closed by server")
+                    answers.received(size_bytes)
                 there = len(answers)
                 if there - taken >= ANSWERS_PER_PART or there == len(commands):
                     take(taken, there, answers)
@@ -171,6 +183,9 @@ class RedisLink:
         except BaseException:
             self._drop(connection)
             raise
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
         self._idle.append(connection)
         return answers
 

@@ -29,7 +29,7 @@ from zlib import crc32
 
 import msgspec
 
-from feature_repo.redis_answers import PairAnswers
+from feature_repo.redis_answers import PairAnswers, packed
 from feature_repo.redis_link import RedisLink, run_script
 from feature_repo.redis_scripts import (
     CHECKPOINTS,
@@ -93,9 +93,7 @@ class RedisRows:
                 if first < count:
                     take(start + first, answers.rows(first, min(last, count)))
 
-            yield from opened.reading(
-                [(b"HMGET", row_key(checkpoint_id, u), b"f", b"r") for u in users], taken, until_s
-            )
+            yield from opened.reading(_row_commands(checkpoint_id, users), taken, until_s)
 
     def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
         if not puts:
@@ -232,11 +230,11 @@ class _Opened:
         return answers
 
     def reading(
-        self, commands: Sequence[Sequence[bytes]], take: Callable[[int, int, PairAnswers], None], until_s: float | None
+        self, commands: Sequence[bytes], take: Callable[[int, int, PairAnswers], None], until_s: float | None
     ) -> Generator[None, None, None]:
         """`ask`, as `RedisLink.fetch` does it; `take` gets the store's name as the last answer."""
         known = self._known()
-        answers = yield from self.link.fetch([*commands, known.command], take, until_s)
+        answers = yield from self.link.fetch([*commands, packed(known.command)], take, until_s)
         self._compare(known, answers.pair(len(commands)))
 
     def _known(self) -> _Known:
@@ -320,8 +318,19 @@ def unpacked_stamp(packed: bytes) -> Stamp:
 
 def row_key(checkpoint_id: str, user_id: str) -> bytes:
     """Where a user's row is: a hash with the fields s (stamp), r and f."""
-    user = _encoded(user_id)
-    return _shards(checkpoint_id)[crc32(user) % SHARDS][1] + user
+    return row_keys(checkpoint_id, [user_id])[0]
+
+
+def row_keys(checkpoint_id: str, user_ids: Sequence[str]) -> list[bytes]:
+    """The keys of several users' rows."""
+    shards = _shards(checkpoint_id)
+    return [shards[crc32(user) % SHARDS][1] + user for user in map(_encoded, user_ids)]
+
+
+def _row_commands(checkpoint_id: str, user_ids: Sequence[str]) -> list[bytes]:
+    """What asks for each user's row, as `packed` has it. The hot path: plain and flat."""
+    keys = row_keys(checkpoint_id, user_ids)
+    return [b"*4\r\n$5\r\nHMGET\r\n$%d\r\n%b\r\n$1\r\nf\r\n$1\r\nr\r\n" % (len(key), key) for key in keys]
 
 
 @lru_cache(maxsize=16)

@@ -7,16 +7,17 @@ ranker reads without the fence: that the two parts belong together. Knows bytes 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from inspect import unwrap
 from typing import NamedTuple, overload
 
-import google_crc32c
 import numba
 import numpy as np
 
 from models.cache import CacheSpec
 from models.cache_kernels import EVENT, PLACE
+from models.checksums import crc32c_extend
 from models.count_kernels import NO_CELL
 from models.memory import addresses, load_f32, load_i64, load_u16, load_u32, load_u64
 from models.row import RowBytes
@@ -62,12 +63,12 @@ _RECORD_BYTES = RECENT.itemsize
 class StoredRows(Sequence[RowBytes | None]):
     """Rows as they lie in memory; one that is asked for is copied.
 
-    parts: folded and recent of each in turns, bytes or uint8 arrays of larger memory that stays as it is. address_P,
-    size_P: where each begins, and how long it is; -1 for one that is not there.
+    address_P, size_P: where folded and recent of each begin, in turns, and how long they are; -1 for one that is not
+    there. memory: what holds them; it stays as it is.
     """
 
-    def __init__(self, parts: Sequence[bytes | np.ndarray], address_P: np.ndarray, size_P: np.ndarray) -> None:
-        self.parts, self.address_P, self.size_P = parts, address_P, size_P
+    def __init__(self, memory: Sequence[object], address_P: np.ndarray, size_P: np.ndarray) -> None:
+        self.memory, self.address_P, self.size_P = memory, address_P, size_P
 
     @classmethod
     def of(cls, rows: Sequence[RowBytes | None]) -> StoredRows:
@@ -88,10 +89,10 @@ class StoredRows(Sequence[RowBytes | None]):
             np.concatenate([np.empty(0, np.int64), *each])
             for each in ([rows.address_P for rows in stored], [rows.size_P for rows in stored])
         )
-        return cls([part for rows in stored for part in rows.parts], address_P, size_P)
+        return cls([rows.memory for rows in stored], address_P, size_P)
 
     def __len__(self) -> int:
-        return len(self.parts) // 2
+        return len(self.size_P) // 2
 
     @overload
     def __getitem__(self, b: int) -> RowBytes | None: ...
@@ -104,15 +105,20 @@ class StoredRows(Sequence[RowBytes | None]):
         # Half a row is no row of ours; its reader will say so.
         if self.size_P[2 * at] < 0:
             return None
-        return RowBytes(folded=bytes(self.parts[2 * at]), recent=bytes(self.parts[2 * at + 1]))
+        return RowBytes(folded=self.part(2 * at) or b"", recent=self.part(2 * at + 1) or b"")
+
+    def part(self, p: int) -> bytes | None:
+        """A copy of one part, None where it is not there."""
+        size_bytes = int(self.size_P[p])
+        return None if size_bytes < 0 else ctypes.string_at(int(self.address_P[p]), size_bytes)
 
 
 class RowPlaces(NamedTuple):
-    """The places of B rows (dtype PLACE), their recent events (dtype EVENT), and the parts that places point into."""
+    """The places of B rows (dtype PLACE), their recent events (dtype EVENT), and the memory that places point into."""
 
     place_B: np.ndarray
     event_N: np.ndarray
-    parts: Sequence[bytes | np.ndarray]
+    memory: Sequence[object]
 
 
 def place_rows(
@@ -123,8 +129,7 @@ def place_rows(
     count_spec: the counts of the checkpoint, None where there are none.
     """
     stored = StoredRows.of(rows)
-    parts, size_P = stored.parts, stored.size_P
-    sound_P = np.fromiter(map(google_crc32c.value, parts), np.uint32, len(parts)) == SOUND_CRC
+    size_P = stored.size_P
     identity = np.frombuffer(bytes.fromhex(spec.checkpoint_id), np.uint64)
     entry = spec.heads // spec.groups * spec.rates * 4
     rates, cells = (0, 0) if count_spec is None else (count_spec.rates, count_spec.codewords)
@@ -132,13 +137,13 @@ def place_rows(
     limit_3 = np.array([spec.groups * spec.codewords, actions, cells])
     place_B = np.zeros(len(stored), PLACE)
     event_N = np.empty(int(np.maximum(size_P[1::2], 0).sum()) // _RECORD_BYTES, EVENT)
-    _place_kernel(stored.address_P, size_P, sound_P, identity, size_3, limit_3, place_B, event_N)
-    return RowPlaces(place_B, event_N, parts)
+    _place_kernel(stored.address_P, size_P, identity, size_3, limit_3, place_B, event_N)
+    return RowPlaces(place_B, event_N, stored.memory)
 
 
-def _header(address, size, sound, magic, identity):
+def _header(address, size, magic, identity):
     """The status of one part by its header."""
-    if size < HEADER_BYTES + CRC_BYTES or not sound:
+    if size < HEADER_BYTES + CRC_BYTES or crc32c_extend(np.uint32(0), address, size) != SOUND_CRC:
         return DAMAGED
     if load_u32(address) != magic or load_u16(address + _VERSION_AT) != VERSION:
         return DAMAGED
@@ -211,7 +216,7 @@ _header, _section, _rising, _unpack = (
 _counts = numba.njit(cache=True)(unwrap(_counts))
 
 
-def _place_loop(address_P, size_P, sound_P, identity, size_3, limit_3, place_B, event_N):
+def _place_loop(address_P, size_P, identity, size_3, limit_3, place_B, event_N):
     first = 0
     for b in range(place_B.shape[0]):
         place = place_B[b]
@@ -220,9 +225,9 @@ def _place_loop(address_P, size_P, sound_P, identity, size_3, limit_3, place_B, 
         if folded_size < 0:
             place.status = ABSENT
             continue
-        place.status = _header(folded, folded_size, sound_P[2 * b], _FOLDED_WORD, identity)
+        place.status = _header(folded, folded_size, _FOLDED_WORD, identity)
         if place.status == SOUND:
-            place.status = _header(recent, recent_size, sound_P[2 * b + 1], _RECENT_WORD, identity)
+            place.status = _header(recent, recent_size, _RECENT_WORD, identity)
         if place.status != SOUND:
             continue
         place.codes, place.entries = _section(folded, folded_size, CODES, U16, 2)
