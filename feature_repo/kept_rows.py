@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import msgspec
 import numpy as np
-from cachetools import LRUCache
 
 from models.row import RowBytes
 from models.row_places import ABSENT, SOUND, stamps
 
-# What an entry takes beside its bytes: its id, its stamp, and its places in three dictionaries.
+# What an entry takes beside its bytes: its id, its stamp, and its place in the dictionary.
 _ENTRY_BYTES = 800
 
 
@@ -32,20 +32,22 @@ class KeptRows:
     """
 
     def __init__(self, bytes_max: int, kept_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._rows: LRUCache[str, _Kept] = LRUCache(bytes_max, getsizeof=_size_bytes)
+        # The least recently used first. cachetools' LRUCache is written in Python, and takes several times longer.
+        self._rows: OrderedDict[str, _Kept] = OrderedDict()
+        self._size_bytes, self._bytes_max = 0, bytes_max
         self._kept_s, self._clock = kept_s, clock
         self._turn = threading.Lock()
 
     @property
     def size_bytes(self) -> int:
         """What the rows take, nearly."""
-        return int(self._rows.currsize)
+        return self._size_bytes
 
     def get(self, user_ids: Sequence[str]) -> list[RowBytes | None]:
         """The rows that are still good."""
         since_s = self._clock() - self._kept_s
         with self._turn:
-            kept = [self._rows.get(user_id) for user_id in user_ids]
+            kept = [self._used(user_id) for user_id in user_ids]
         return [each.row if each is not None and each.read_s >= since_s else None for each in kept]
 
     def renew(self, user_ids: Sequence[str], rows: Sequence[RowBytes | None], place_B: np.ndarray) -> list[int]:
@@ -59,7 +61,7 @@ class KeptRows:
         with self._turn:
             columns = zip(user_ids, statuses, stamps(place_B), strict=True)
             for b, (user_id, status, order) in enumerate(columns):
-                kept = self._rows.get(user_id)
+                kept = self._used(user_id)
                 if status == SOUND:
                     if kept is not None and kept.order == order:
                         kept.read_s = now_s
@@ -69,19 +71,35 @@ class KeptRows:
                         # Only now a row that lies in larger memory is copied.
                         self._put(user_id, _Kept(rows[b], order, now_s))
                 elif status == ABSENT and kept is not None:
-                    del self._rows[user_id]
+                    self._forget(user_id)
         return behind
 
     def clear(self) -> None:
         """Forget all: the store is another one."""
         with self._turn:
             self._rows.clear()
+            self._size_bytes = 0
+
+    def _used(self, user_id: str) -> _Kept | None:
+        kept = self._rows.get(user_id)
+        if kept is not None:
+            self._rows.move_to_end(user_id)
+        return kept
 
     def _put(self, user_id: str, kept: _Kept) -> None:
-        try:
-            self._rows[user_id] = kept
-        except ValueError:  # larger than all that may be kept
-            self._rows.pop(user_id, None)
+        self._forget(user_id)
+        size_bytes = _size_bytes(kept)
+        if size_bytes > self._bytes_max:
+            return
+        self._rows[user_id] = kept
+        self._size_bytes += size_bytes
+        while self._size_bytes > self._bytes_max:
+            self._size_bytes -= _size_bytes(self._rows.popitem(last=False)[1])
+
+    def _forget(self, user_id: str) -> None:
+        kept = self._rows.pop(user_id, None)
+        if kept is not None:
+            self._size_bytes -= _size_bytes(kept)
 
 
 def _size_bytes(kept: _Kept) -> int:

@@ -266,7 +266,9 @@ class Reader:
             for b in np.flatnonzero(status_B != SOUND)
         }
         read = Read(caches=caches, missing=missing, stale=fetched.stale, unknown_items=int(unknown_B.sum()))
-        self.metrics.read(Counter(map(read.outcome, user_ids)), read.unknown_items, time.perf_counter() - started_s)
+        # As a rule all are fresh.
+        outcomes = Counter(map(read.outcome, user_ids)) if missing or read.stale else {FRESH: len(user_ids)}
+        self.metrics.read(outcomes, read.unknown_items, time.perf_counter() - started_s)
         return read
 
     def _last_read(self, user_ids: Sequence[str]) -> _Fetched:
