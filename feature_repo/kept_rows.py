@@ -59,18 +59,22 @@ class KeptRows:
         now_s, behind = self._clock(), []
         statuses = place_B["status"].tolist()
         with self._turn:
-            columns = zip(user_ids, statuses, stamps(place_B), strict=True)
-            for b, (user_id, status, order) in enumerate(columns):
-                kept = self._used(user_id)
-                if status == SOUND:
-                    if kept is not None and kept.order == order:
+            get, used = self._rows.get, self._rows.move_to_end
+            for b, (user_id, status, order) in enumerate(zip(user_ids, statuses, stamps(place_B), strict=True)):
+                kept = get(user_id)
+                if kept is not None:
+                    used(user_id)
+                    if status == SOUND and kept.order == order:
+                        # As a rule.
                         kept.read_s = now_s
-                    elif kept is not None and order < kept.order and now_s - kept.read_s <= self._kept_s:
+                        continue
+                if status == SOUND:
+                    if kept is not None and order < kept.order and now_s - kept.read_s <= self._kept_s:
                         behind.append(b)
                     else:
                         # Only now a row that lies in larger memory is copied.
                         self._put(user_id, _Kept(rows[b], order, now_s))
-                elif status == ABSENT and kept is not None:
+                elif status == ABSENT:
                     self._forget(user_id)
         return behind
 

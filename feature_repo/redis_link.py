@@ -30,10 +30,10 @@ from feature_repo.redis_settings import RedisSettings
 from models.errors import StoreError, UnavailableError
 
 BACKOFF_BASE_S, BACKOFF_MAX_S = 0.05, 1.0
-# A server answers all commands that it has before it sends any of the answers. So it gets a few first, then twice as
-# many whenever it has begun to send: its work on the next lies beside ours on the last. A store that is further away
-# than FAR_S gets the rest at once: turns would cost more than they save.
-COMMANDS_AT_FIRST = 6
+# A server answers all commands that it has before it sends any of the answers. So it gets a few, and as many again
+# whenever it has begun to send: its work on the next lies beside ours on the last. A store that is further away than
+# FAR_S gets the rest at once: turns would cost more than they save.
+COMMANDS_TOGETHER = 10
 FAR_S = 0.001
 # At least; only the last part has fewer.
 ANSWERS_PER_PART = 24
@@ -86,9 +86,16 @@ class RedisLink:
         return answers
 
     def fetch(
-        self, commands: Sequence[bytes], take: Callable[[int, int, PairAnswers], None], until_s: float | None
+        self,
+        count: int,
+        commands: Callable[[int, int], bytes],
+        take: Callable[[int, int, PairAnswers], None],
+        until_s: float | None,
     ) -> Generator[None, None, PairAnswers]:
-        """The answers to commands (`packed`) that each ask for two strings (HMGET, MGET), in one read.
+        """The answers to so many commands that each ask for two strings (HMGET, MGET), in one read.
+
+        `commands` gives those from which one on to which one without it as they are sent (`packed`), when they are due:
+        the store works on the first meanwhile.
 
         `take` gets them in parts as they come: from which one on to which one without it. A try that failed is made
         again from the first. Yields where it may take long from here on: it has no connection yet, or lost it, or
@@ -101,7 +108,7 @@ class RedisLink:
                 if connection is None:
                     yield
                     connection = self._client.connection_pool.get_connection()
-                return (yield from self._exchange(connection, commands, take, until_s))
+                return (yield from self._exchange(connection, count, commands, take, until_s))
             except (RedisError, OSError) as error:
                 failures += 1
                 passing = isinstance(error, redis.ConnectionError | redis.TimeoutError | OSError) and _may_pass(error)
@@ -133,37 +140,35 @@ class RedisLink:
     def _exchange(
         self,
         connection: redis.Connection,
-        commands: Sequence[bytes],
+        count: int,
+        commands: Callable[[int, int], bytes],
         take: Callable[[int, int, PairAnswers], None],
         until_s: float | None,
     ) -> Generator[None, None, PairAnswers]:
-        answers, taken, sent, together, send_at = PairAnswers(len(commands)), 0, 0, COMMANDS_AT_FIRST, 0
-        asked_s = time.monotonic()
+        answers, taken, sent, send_at, asked_s = PairAnswers(count), 0, 0, 0, 0.0
         # redis-py connects, authenticates and speaks TLS; of these answers its own parser sees nothing.
         socket, descriptor = connection._sock, None
         try:
             if not isinstance(socket, ssl.SSLSocket):
                 # Our own: another thread may close the connection, and what is opened next would have its number.
                 descriptor = os.dup(socket.fileno())
-            while taken < len(commands):
+            while taken < count:
                 now_s = time.monotonic()
                 end_s = now_s + self._timeout_s if until_s is None else until_s
                 if end_s <= now_s:
                     until_s = None
                     yield
                     continue
-                if send_at <= len(answers) and sent < len(commands):
-                    if sent and now_s - asked_s > FAR_S:
-                        together = len(commands)
-                    asked_s = now_s
+                if send_at <= len(answers) and sent < count:
+                    far = sent == COMMANDS_TOGETHER and now_s - asked_s > FAR_S
+                    last = count if far else min(sent + COMMANDS_TOGETHER, count)
                     socket.settimeout(end_s - now_s)
-                    socket.sendall(b"".join(commands[sent : sent + together]))
+                    socket.sendall(commands(sent, last))
                     if sent == 0:
+                        asked_s = now_s
                         take(0, 0, answers)
-                    sent, together, send_at = sent + together, 2 * together, sent + 1
-                wanted = min(
-                    taken + ANSWERS_PER_PART, len(commands), send_at if sent < len(commands) else len(commands)
-                )
+                    sent, send_at = last, sent + 1
+                wanted = min(taken + ANSWERS_PER_PART, count, send_at if sent < count else count)
                 if descriptor is None or not answers.receive(descriptor, wanted, end_s - time.monotonic()):
                     # Why nothing came in time, or at all, is for Python's own receive to say.
                     socket.settimeout(max(end_s - time.monotonic(), 0.001))
@@ -177,7 +182,7 @@ class RedisLink:
                         raise redis.ConnectionError("connection closed by server")
                     answers.received(size_bytes)
                 there = len(answers)
-                if there - taken >= ANSWERS_PER_PART or there == len(commands):
+                if there - taken >= ANSWERS_PER_PART or there == count:
                     take(taken, there, answers)
                     taken = there
         except BaseException:

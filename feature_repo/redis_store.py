@@ -93,7 +93,10 @@ class RedisRows:
                 if first < count:
                     take(start + first, answers.rows(first, min(last, count)))
 
-            yield from opened.reading(_row_commands(checkpoint_id, users), taken, until_s)
+            def commands(first: int, last: int, users: Sequence[str] = users) -> bytes:
+                return b"".join(_row_commands(checkpoint_id, users[first:last]))
+
+            yield from opened.reading(len(users), commands, taken, until_s)
 
     def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
         if not puts:
@@ -230,12 +233,20 @@ class _Opened:
         return answers
 
     def reading(
-        self, commands: Sequence[bytes], take: Callable[[int, int, PairAnswers], None], until_s: float | None
+        self,
+        count: int,
+        commands: Callable[[int, int], bytes],
+        take: Callable[[int, int, PairAnswers], None],
+        until_s: float | None,
     ) -> Generator[None, None, None]:
         """`ask`, as `RedisLink.fetch` does it; `take` gets the store's name as the last answer."""
         known = self._known()
-        answers = yield from self.link.fetch([*commands, packed(known.command)], take, until_s)
-        self._compare(known, answers.pair(len(commands)))
+
+        def and_its_name(first: int, last: int) -> bytes:
+            return commands(first, last) + (packed(known.command) if last > count else b"")
+
+        answers = yield from self.link.fetch(count + 1, and_its_name, take, until_s)
+        self._compare(known, answers.pair(count))
 
     def _known(self) -> _Known:
         # Its command is answered behind the rows, and compared with what was known before them: other threads go on.
