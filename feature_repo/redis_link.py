@@ -161,7 +161,7 @@ class RedisLink:
                     continue
                 if send_at <= len(answers) and sent < count:
                     far = sent == COMMANDS_TOGETHER and now_s - asked_s > FAR_S
-                    last = count if far else min(sent + COMMANDS_TOGETHER, count)
+                    last = count if far or count - sent < 1.5 * COMMANDS_TOGETHER else sent + COMMANDS_TOGETHER
                     socket.settimeout(end_s - now_s)
                     socket.sendall(commands(sent, last))
                     if sent == 0:

@@ -58,6 +58,16 @@ class DenseBatch:
         self._newest = {name: new(dtype, users, using.newest) for name, dtype in COLUMNS.items()}
         self.place_B = np.zeros(users, PLACE)
         self.place_B["status"] = ABSENT
+        self._present_B = np.zeros(users, bool)
+        # Of the same memory, and made now: a store that was asked is still at work.
+        self._fields = {
+            name: torch.from_numpy(array)
+            for name, array in {
+                **dict(zip(("mass_BHKR", "mean_BHKRD", "reference_ms_B", "count_B"), self._written, strict=False)),
+                "present_B": self._present_B,
+                **{f"newest_{name}_BL": array for name, array in self._newest.items()},
+            }.items()
+        }
         self._counts: list[tuple[np.ndarray, np.ndarray] | None] = [None] * users
 
     def fill(self, first: int, rows: Sequence[RowBytes | None]) -> None:
@@ -90,21 +100,11 @@ class DenseBatch:
 
     def caches(self) -> DenseCaches:
         """The whole batch, on the device."""
-        mass_BHKR, mean_BHKRD, reference_ms_B, count_B, unknown_B = self._written
-        fields = padded_counts(self._counts, len(self._counts)) | {
-            name: torch.from_numpy(array)
-            for name, array in {
-                "mass_BHKR": mass_BHKR,
-                "mean_BHKRD": mean_BHKRD,
-                "reference_ms_B": reference_ms_B,
-                "count_B": count_B,
-                "present_B": self.place_B["status"] == SOUND,
-                **{f"newest_{name}_BL": array for name, array in self._newest.items()},
-            }.items()
-        }
+        np.equal(self.place_B["status"], SOUND, out=self._present_B)
+        fields = self._fields | padded_counts(self._counts, len(self._counts))
         if self._device.type != "cpu":
             fields = {name: tensor.to(self._device, non_blocking=tensor.is_pinned()) for name, tensor in fields.items()}
-        return DenseCaches(CacheBatch(**fields), unknown_B)
+        return DenseCaches(CacheBatch(**fields), self._written[-1])
 
 
 def compile_kernels(using: Fold) -> None:
