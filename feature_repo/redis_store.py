@@ -93,8 +93,8 @@ class RedisRows:
                 if first < count:
                     take(start + first, answers.rows(first, min(last, count)))
 
-            def commands(first: int, last: int, users: Sequence[str] = users) -> bytes:
-                return b"".join(_row_commands(checkpoint_id, users[first:last]))
+            def commands(first: int, last: int, users: Sequence[str] = users) -> list[bytes]:
+                return _row_commands(checkpoint_id, users[first:last])
 
             yield from opened.reading(len(users), commands, taken, until_s)
 
@@ -235,15 +235,15 @@ class _Opened:
     def reading(
         self,
         count: int,
-        commands: Callable[[int, int], bytes],
+        commands: Callable[[int, int], list[bytes]],
         take: Callable[[int, int, PairAnswers], None],
         until_s: float | None,
     ) -> Generator[None, None, None]:
         """`ask`, as `RedisLink.fetch` does it; `take` gets the store's name as the last answer."""
         known = self._known()
 
-        def and_its_name(first: int, last: int) -> bytes:
-            return commands(first, last) + (packed(known.command) if last > count else b"")
+        def and_its_name(first: int, last: int) -> list[bytes]:
+            return commands(first, last) + ([packed(known.command)] if last > count else [])
 
         answers = yield from self.link.fetch(count + 1, and_its_name, take, until_s)
         self._compare(known, answers.pair(count))
