@@ -172,18 +172,12 @@ class RedisLink:
                         made += commands(len(made), count)
                     sent, send_at = last, sent + 1
                 wanted = min(taken + ANSWERS_PER_PART, count, send_at if sent < count else count)
-                if descriptor is None or not answers.receive(descriptor, wanted, end_s - time.monotonic()):
-                    # Why nothing came in time, or at all, is for Python's own receive to say.
-                    socket.settimeout(max(end_s - time.monotonic(), 0.001))
-                    try:
-                        size_bytes = socket.recv_into(answers.room())
-                    except TimeoutError:
-                        if until_s is None:
-                            raise
-                        continue
-                    if size_bytes == 0:
-                        raise redis.ConnectionError("connection closed by server")
-                    answers.received(size_bytes)
+                try:
+                    _receive(answers, socket, descriptor, wanted, end_s)
+                except TimeoutError:
+                    if until_s is None:
+                        raise
+                    continue
                 there = len(answers)
                 if there - taken >= ANSWERS_PER_PART or there == count:
                     take(taken, there, answers)
@@ -229,6 +223,18 @@ class RedisLink:
 def run_script(script: Script, keys: Sequence[bytes], arguments: Sequence[bytes | str | int]) -> tuple[Any, ...]:
     """The command that runs a script."""
     return ("EVALSHA", script.sha, len(keys), *keys, *arguments)
+
+
+def _receive(answers: PairAnswers, socket: Any, descriptor: int | None, wanted: int, end_s: float) -> None:
+    """Receive until so many answers are there, or some of them and no more in time. Raises TimeoutError for none."""
+    if descriptor is not None and answers.receive(descriptor, wanted, end_s - time.monotonic()):
+        return
+    # TLS; or nothing came, and why is for Python's own receive to say.
+    socket.settimeout(max(end_s - time.monotonic(), 0.001))
+    size_bytes = socket.recv_into(answers.room())
+    if size_bytes == 0:
+        raise redis.ConnectionError("connection closed by server")
+    answers.received(size_bytes)
 
 
 def _is_quiet(connection: redis.Connection) -> bool:

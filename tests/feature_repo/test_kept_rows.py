@@ -81,3 +81,22 @@ def test_the_least_recently_used_go_first(rows, fold: Fold) -> None:
     tiny = KeptRows(10, 10.0, Clock())
     renew(tiny, rows, fold)
     assert tiny.size_bytes == 0
+
+
+def test_a_row_larger_than_all_that_may_be_kept_pushes_no_other_out(rows, fold: Fold) -> None:
+    kept = KeptRows(max(row.size_bytes for row in rows.values()) * len(rows) + 3000, 10.0, Clock())
+    renew(kept, {"u0": rows["u0"], "u1": rows["u1"]}, fold)
+    before = kept.size_bytes
+    large = RowBytes(folded=rows["u2"].folded, recent=bytes(1 << 20))
+    kept.renew(["u2"], [large], placed([rows["u2"]], fold).place_B)
+    assert kept.get(["u0", "u1", "u2"]) == [rows["u0"], rows["u1"], None]
+    assert kept.size_bytes == before
+
+
+def test_what_is_replaced_or_forgotten_is_no_longer_counted(rows, older, fold: Fold) -> None:
+    kept, new = KeptRows(1 << 20, 10.0, Clock()), KeptRows(1 << 20, 10.0, Clock())
+    renew(kept, older, fold)
+    renew(kept, rows, fold)
+    renew(kept, {"u0": None}, fold)
+    renew(new, {user_id: row for user_id, row in rows.items() if user_id != "u0"}, fold)
+    assert kept.size_bytes == new.size_bytes > 0

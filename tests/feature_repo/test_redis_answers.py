@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from redis.exceptions import BusyLoadingError, InvalidResponse, MovedError, NoPermissionError, RedisError, ResponseError
@@ -50,6 +55,74 @@ def test_pairs_are_found_however_they_are_cut_and_whatever_fits_in_a_block(monke
     expected = [None if f is None else RowBytes(folded=f, recent=r or b"") for f, r in pairs]
     assert list(answers.rows(0, len(pairs))) == expected
     assert answers.rows(2, 9)[1:4] == expected[3:6]
+
+
+@pytest.fixture
+def sockets() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """The server's and ours."""
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+@pytest.mark.parametrize("block_bytes", [64, 1_000, 1 << 20])
+@pytest.mark.parametrize("at_once", [1, 7, 100, 1 << 13])
+def test_a_socket_is_received_from_however_it_is_cut(monkeypatch, pairs, sockets, block_bytes, at_once):
+    monkeypatch.setattr(redis_answers, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(redis_answers, "RECEIVE_BYTES", block_bytes // 4)
+    answers, data = PairAnswers(len(pairs)), sent(pairs)
+    for at in range(0, len(data), at_once):
+        sockets[0].sendall(data[at : at + at_once])
+        while answers.receive(sockets[1].fileno(), len(pairs), 0.0) and len(answers) < len(pairs):
+            pass
+    assert [tuple(answers.pair(n)) for n in range(len(pairs))] == pairs
+
+
+def test_what_comes_while_it_is_waited_for_is_received_in_one_call(pairs, sockets):
+    answers, data = PairAnswers(len(pairs)), sent(pairs)
+    middle = len(sent(pairs[:4])) + 3
+
+    def send() -> None:
+        for part in (data[:middle], data[middle:]):
+            time.sleep(0.05)
+            sockets[0].sendall(part)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    assert answers.receive(sockets[1].fileno(), len(pairs), 30.0)
+    sender.join()
+    assert [tuple(answers.pair(n)) for n in range(len(pairs))] == pairs
+
+
+def test_no_more_is_received_than_the_answers_that_are_wanted_now(monkeypatch, pairs, sockets):
+    monkeypatch.setattr(redis_answers, "RECEIVE_BYTES", 8)
+    answers = PairAnswers(len(pairs))
+    sockets[0].sendall(sent(pairs))
+    for wanted in (1, 2, 6):
+        assert answers.receive(sockets[1].fileno(), wanted, 30.0)
+        assert len(answers) == wanted
+
+
+def test_where_nothing_comes_the_caller_is_told_so_whatever_the_cause(pairs, sockets):
+    server, ours = sockets
+    answers = PairAnswers(2)
+    assert not answers.receive(ours.fileno(), 2, 0.0)
+    assert not answers.receive(ours.fileno(), 2, 0.02)
+    server.sendall(sent(pairs[2:3]))
+    server.close()
+    assert answers.receive(ours.fileno(), 2, 30.0)
+    assert len(answers) == 1
+    assert not answers.receive(ours.fileno(), 2, 30.0)
+    ours.close()
+    assert not answers.receive(ours.fileno(), 2, 30.0)
+
+
+def test_an_error_is_raised_as_it_is_received(pairs, sockets):
+    answers = PairAnswers(9)
+    sockets[0].sendall(sent(pairs[:2]) + b"-NOPERM this user has no permissions\r\n")
+    with pytest.raises(NoPermissionError, match="no permissions"):
+        answers.receive(sockets[1].fileno(), 9, 30.0)
+    assert len(answers) == 2
 
 
 def test_an_answer_counts_from_its_last_byte_on(pairs):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -221,3 +223,44 @@ def test_a_connection_that_the_server_closed_meanwhile_is_left(server):
         assert get(rows, "u") == bytes_of(whole("u", stamp(1)))
         with server.client() as client:
             client.client_kill_filter(_type="normal", skipme=True)
+
+
+def test_a_connection_that_another_thread_closes_is_not_taken_for_what_is_opened_next(server):
+    rows = open_rows(server, retries=3, timeout_s=20)
+    puts = [RowPut(user_id=f"u{n}", stamp=stamp(n), recent=b"%d" % n, folded=b"x" * 50_000) for n in range(50)]
+    rows.put_rows(A, puts)
+    rows.get_rows(A, ["u0"])
+    link = rows._opened.link
+    number, others = link._idle[0]._sock.fileno(), []
+    taken: list[RowBytes | None] = [None] * len(puts)
+
+    def take(first: int, part: Sequence[RowBytes | None]) -> None:
+        if not part and not others:
+            link._client.connection_pool.disconnect()
+            while number not in [each.fileno() for each in others]:
+                others.extend(socket.socketpair())
+            at = [each.fileno() for each in others].index(number)
+            others[at ^ 1].sendall(b"*2\r\n$7\r\nanother\r\n$7\r\nanother\r\n" * 51)
+        taken[first : first + len(part)] = part
+
+    run_out(rows.reading(A, [put.user_id for put in puts], take))
+    for each in others:
+        each.close()
+    assert taken == [bytes_of(put) for put in puts]
+
+
+def test_reads_leave_no_descriptor_behind(server):
+    def opened() -> int:
+        return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+    rows = open_rows(server, retries=0)
+    rows.put_rows(A, [whole("u", stamp(1))])
+    get(rows, "u")
+    before = opened()
+    for _ in range(5):
+        get(rows, "u")
+    server.stop()
+    for _ in range(5):
+        seconds_until_unavailable(lambda: get(rows, "u"))
+    # The server's end of it is gone, and so is ours.
+    assert opened() <= before

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from feature_repo import redis_store
+from feature_repo.redis_answers import packed
 from feature_repo.redis_settings import RedisSettings
-from feature_repo.redis_store import CHECKPOINTS, RedisRows
+from feature_repo.redis_store import CHECKPOINTS, RedisRows, _row_commands, row_key
 from feature_repo.store import Backfill, RowStore
 from models.errors import StoreError, UnavailableError
 from tests.feature_repo.subjects import A, B, bytes_of, get, partial, stamp, whole
@@ -218,3 +219,9 @@ def test_an_expired_row_is_absent_to_a_reader_before_the_server_has_cleaned_up(t
             time.sleep(0.3)
             assert client.dbsize() == held
             assert (get(rows, "u"), rows.count_rows(A)) == (None, 0)
+
+
+def test_the_commands_of_a_read_are_those_that_name_each_key_by_itself():
+    user_ids = ["u", "", "a user", "ü" * 40, "x" * 1000, *map(str, range(50))]
+    expected = [packed((b"HMGET", row_key(A, user_id), b"f", b"r")) for user_id in user_ids]
+    assert _row_commands(A, user_ids) == expected
