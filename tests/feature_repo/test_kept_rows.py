@@ -69,12 +69,16 @@ def test_users_whom_the_store_has_not_are_forgotten_and_damage_is_not_kept(rows,
     assert kept.size_bytes == 0
 
 
-def test_the_least_recently_used_go_first(rows, fold: Fold) -> None:
+@pytest.mark.parametrize("by", ["get", "renew"])
+def test_the_least_recently_used_go_first(rows, fold: Fold, by: str) -> None:
     size = max(row.size_bytes for row in rows.values()) + 1000
     kept = KeptRows(2 * size, 10.0, Clock())
     for user_id in ("u0", "u1"):
         renew(kept, {user_id: rows[user_id]}, fold)
-    kept.get(["u0"])
+    if by == "get":
+        kept.get(["u0"])
+    else:
+        renew(kept, {"u0": rows["u0"]}, fold)
     renew(kept, {"u2": rows["u2"]}, fold)
     assert [row is not None for row in kept.get(["u0", "u1", "u2"])] == [True, False, True]
     assert 0 < kept.size_bytes <= 2 * size
