@@ -30,7 +30,7 @@ class SdimServed:
         assert isinstance(ranker.history, SdimHistory)
         self.ranker, self.history, self.table, self.device = ranker, ranker.history, table, device
         self.x_Md = ranker.encoder(torch.arange(len(table), device=device))
-        self.place_MG = self.history.places(self.x_Md)
+        self.place_MG, self.candidate_MV = self.history.places(self.x_Md), ranker.candidate(self.x_Md)
 
     @torch.inference_mode()
     def buckets(self, events: np.ndarray) -> bytes:
@@ -42,10 +42,11 @@ class SdimServed:
         return bucket_BSd.half().cpu().numpy().tobytes()
 
     def logits(self, asked: Asked, data: bytes) -> torch.Tensor:
-        item_BC = torch.from_numpy(self.table.lookup(asked.item_ids))[None].to(self.device)
+        item_C = torch.from_numpy(self.table.lookup(asked.item_ids)).to(self.device)
         bucket_Sd = torch.frombuffer(bytearray(data), dtype=torch.float16).view(BUCKETS, -1)
-        seen_BCV = self.history.read(self.place_MG[item_BC], bucket_Sd[None].to(self.device).float())
-        return self.ranker.logits(self.ranker.encoder(item_BC), seen_BCV)[0]
+        place_CG, candidate_CV = self.place_MG.index_select(0, item_C), self.candidate_MV.index_select(0, item_C)
+        seen_BCV = self.history.read(place_CG[None], bucket_Sd[None].to(self.device).float())
+        return self.ranker.head_logits(candidate_CV[None], seen_BCV)[0]
 
 
 class NearestServed:

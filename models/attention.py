@@ -147,6 +147,16 @@ class Entries(NamedTuple):
     log_mass_BHK: Float64[torch.Tensor, "B H K"]
     mean_BHKD: Float[torch.Tensor, "B H K D"]
 
+    def weighed(self) -> Weighed:
+        return Weighed(centred(self.log_mass_BHK).exp(), self.mean_BHKD)
+
+
+class Weighed(NamedTuple):
+    """The same with M_hj(now) itself, but for a factor of each head: where it is not positive, nothing is there."""
+
+    mass_BHK: Float32[torch.Tensor, "B H K"]
+    mean_BHKD: Float[torch.Tensor, "B H K D"]
+
 
 def entries_at(cache: CacheBatch, kernel: Kernel, now_ms_B: Int64[torch.Tensor, "B"]) -> Entries:
     """The caches as of these times."""
@@ -157,6 +167,13 @@ def entries_at(cache: CacheBatch, kernel: Kernel, now_ms_B: Int64[torch.Tensor, 
     log_mass_BHK, log_share_BHKR = masses_now(log_mass_BHKR, now_ms_B - cache.reference_ms_B, kernel)
     share_BHKR = torch.where(log_mass_BHK[..., None].isfinite(), log_share_BHKR.exp(), 0.0).float()
     return Entries(log_mass_BHK, (share_BHKR[..., None] * cache.mean_BHKRD).sum(dim=-2))
+
+
+def weighed_at(cache: CacheBatch, kernel: Kernel, now_ms_B: Int64[torch.Tensor, "B"]) -> Weighed:
+    """The caches as of these times, without logarithms where a single rate needs none."""
+    if cache.mass_BHKR.shape[-1] == 1:
+        return Weighed(cache.mass_BHKR[..., 0], cache.mean_BHKRD[..., 0, :].float())
+    return entries_at(cache, kernel, now_ms_B).weighed()
 
 
 def read_entries(

@@ -321,9 +321,20 @@ class Ranker(nn.Module):
     ) -> Float[torch.Tensor, "B C"]:
         """Logits from the candidates' vectors, what each of them sees of the history, and counts (None: no counts).
 
+        Raises ValueError as `head_logits`.
+        """
+        return self.head_logits(self.candidate(x_BCd), seen_BCV, count_BCX)
+
+    def head_logits(
+        self,
+        candidate_BCV: Float[torch.Tensor, "B C V"],
+        seen_BCV: Float[torch.Tensor, "B C V"],
+        count_BCX: Float[torch.Tensor, "B C X"] | None = None,
+    ) -> Float[torch.Tensor, "B C"]:
+        """The same from the candidates as values (`candidate`), which a server has made for all items.
+
         Raises ValueError for counts that the head does not know, or for none where it needs them.
         """
-        candidate_BCV = self.candidate(x_BCd)
         parts = [candidate_BCV, seen_BCV, candidate_BCV * seen_BCV]
         width = 0 if count_BCX is None else count_BCX.shape[-1]
         if width != self.count_width:

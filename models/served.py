@@ -1,7 +1,7 @@
 """A ranker as a worker serves it: the same scores as `Ranker.from_cache`, its plain twin, of the items of a table.
 
-What depends on items and parameters alone is made once: every item's query, and how far from 0 a logit can be; and for
-the window over the newest events every item's query, gate, key and value.
+What depends on items and parameters alone is made once: every item's query, what the head takes of it, and how far from
+0 a logit can be; and for the window over the newest events every item's query, gate, key and value.
 
 Shapes: as in `models.ranker`; M items, X = H * E all key widths, V = H * D all value widths.
 """
@@ -14,8 +14,19 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int64
 
-from models.attention import CacheBatch, Entries, entries_at, log_weights, read_entries
+from models.attention import (
+    REACH_MAX,
+    CacheBatch,
+    Entries,
+    Weighed,
+    entries_at,
+    log_weights,
+    read_entries,
+    weighed_at,
+)
+from models.checkpoint import Sizes
 from models.ranker import Ranker, VqlHistory
+from models.read_kernels import read_kernel
 from models.window import Window
 
 ITEMS_AT_ONCE = 1 << 16
@@ -25,7 +36,7 @@ ROUNDING = 1.001
 class ServedRanker:
     """Scores candidates from caches, as long as the parameters stay as they are.
 
-    4 X bytes for each item, and with a window 4 (2 X + V + H) more.
+    4 (X + V) bytes for each item, and with a window 4 (2 X + V + H) more.
 
     Raises TypeError for a model that reads no cache.
     """
@@ -36,26 +47,73 @@ class ServedRanker:
         if not isinstance(history, VqlHistory):
             raise TypeError(f"{type(history).__name__} cannot be read from a cache")
         self.ranker = ranker
-        self._heads = (history.sizes.heads, history.sizes.key_width)
-        self._query_MX = of_items(ranker, lambda x_1Nd: history.queries(x_1Nd).flatten(2))
+        self._candidate_MV = of_items(ranker, ranker.candidate)
         self._window = None if history.window is None else ServedWindow(ranker, history.window)
         self._codeword_HKE, self._kernel = history.codewords().contiguous(), history.kernel()
         # A layer-normed query is, before it is scaled, no longer than the square root of its width.
         reach_H = history.log_temperature_H.exp() * self._codeword_HKE.norm(dim=-1).amax(dim=-1)
-        self.reach = ROUNDING * float(reach_H.max())
+        self._queries = ItemQueries(
+            of_items(ranker, lambda x_1Nd: history.queries(x_1Nd).flatten(2)),
+            ROUNDING * float(reach_H.max()),
+            history.sizes,
+        )
+
+    @property
+    def reach(self) -> float:
+        """How far from 0 the logit of a codeword can be."""
+        return self._queries.reach
 
     def from_cache(
         self, candidate_BC: Int64[torch.Tensor, "B C"], cache: CacheBatch, now_ms_B: Int64[torch.Tensor, "B"]
     ) -> Float[torch.Tensor, "B C"]:
         """Logits of items by their index in the table."""
-        query_NX = self._query_MX.index_select(0, candidate_BC.flatten())
-        query_BCHE = query_NX.view(*candidate_BC.shape, *self._heads)
-        entries = entries_at(cache, self._kernel, now_ms_B)
-        seen_BCHD = read_entries(query_BCHE, self._codeword_HKE, entries, self.reach)
+        compiled = self._queries.compiled
+        entries = (weighed_at if compiled else entries_at)(cache, self._kernel, now_ms_B)
+        seen_BCV = self._queries.read(candidate_BC, self._codeword_HKE[None], entries)
         if self._window is not None:
-            seen_BCHD = seen_BCHD + self._window.read(candidate_BC, cache, now_ms_B)
+            seen_BCV = seen_BCV + self._window.read(candidate_BC, cache, now_ms_B)
         counts = self.ranker.counts_from_cache(candidate_BC, cache, now_ms_B)
-        return self.ranker.logits(self.ranker.encoder(candidate_BC), seen_BCHD.flatten(2), counts)
+        return self.ranker.head_logits(_rows(self._candidate_MV, candidate_BC), seen_BCV, counts)
+
+
+class ItemQueries:
+    """The queries of a table's items, and attention by them to entries with keys of their own.
+
+    compiled: on a CPU, where no logit is beyond REACH_MAX, by `read_kernel` in one pass; else by torch's operations.
+    """
+
+    def __init__(self, query_MX: Float[torch.Tensor, "M X"], reach: float, sizes: Sizes) -> None:
+        self.query_MX, self.reach, self._sizes = query_MX.contiguous(), reach, sizes
+        self.compiled = query_MX.device.type == "cpu" and reach <= REACH_MAX
+        if self.compiled:
+            self._kernel = read_kernel(sizes.key_width, sizes.value_width)
+            # Compiled now, which takes a second where it is not on this machine's disk yet.
+            one, heads = torch.zeros(1, 1, dtype=torch.int64), (1, sizes.heads, 1)
+            self.read(
+                one,
+                torch.zeros(*heads, sizes.key_width),
+                Weighed(torch.ones(heads), torch.ones(*heads, sizes.value_width)),
+            )
+
+    def read(
+        self,
+        candidate_BC: Int64[torch.Tensor, "B C"],
+        key_BHKE: Float[torch.Tensor, "B2 H K E"],
+        entries: Entries | Weighed,
+    ) -> Float[torch.Tensor, "B C V"]:
+        """What each candidate sees of its user's entries; keys are one user's for all, or each user's own.
+
+        Only where compiled, entries may be weighed. Raises IndexError for an item beyond the table.
+        """
+        if not self.compiled:
+            assert isinstance(entries, Entries)
+            query_BCHE = _rows(self.query_MX, candidate_BC).unflatten(-1, (self._sizes.heads, -1))
+            return read_entries(query_BCHE, key_BHKE, entries, self.reach).flatten(2)
+        mass_BHK, mean_BHKD = entries.weighed() if isinstance(entries, Entries) else entries
+        out_BCV = torch.empty(*candidate_BC.shape, self._sizes.heads * self._sizes.value_width)
+        inputs = (self.query_MX, candidate_BC, key_BHKE, mass_BHK, mean_BHKD, out_BCV)
+        self._kernel(*(tensor.contiguous().numpy() for tensor in inputs))
+        return out_BCV
 
 
 class ServedWindow:
@@ -63,17 +121,23 @@ class ServedWindow:
 
     def __init__(self, ranker: Ranker, window: Window) -> None:
         self._window, self._encoder = window, ranker.encoder
-        self._query_MX = of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).query_BCHE.flatten(2))
         self._gate_MH = of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).gate_BCH)
         self._key_MX = of_items(ranker, lambda x_1Nd: window.keys(x_1Nd).flatten(2))
         self._value_MV = of_items(ranker, lambda x_1Nd: window.values(x_1Nd).flatten(2))
         self._kernel = window.kernel()
         # Keys are layer-normed too.
-        self.reach = ROUNDING * float(window.log_temperature_H.exp().max()) * math.sqrt(window.sizes.key_width)
+        reach = ROUNDING * float(window.log_temperature_H.exp().max()) * math.sqrt(window.sizes.key_width)
+        query_MX = of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).query_BCHE.flatten(2))
+        self._queries = ItemQueries(query_MX, reach, window.sizes)
+
+    @property
+    def reach(self) -> float:
+        """How far from 0 the logit of an event can be."""
+        return self._queries.reach
 
     def read(
         self, candidate_BC: Int64[torch.Tensor, "B C"], cache: CacheBatch, now_ms_B: Int64[torch.Tensor, "B"]
-    ) -> Float[torch.Tensor, "B C H D"]:
+    ) -> Float[torch.Tensor, "B C V"]:
         """What is added for each candidate. Raises ValueError as `Window.newest_in`."""
         newest = self._window.newest_in(cache)
         item_BL, heads = self._encoder.known(newest.item_BL), (self._window.sizes.heads, -1)
@@ -81,9 +145,9 @@ class ServedWindow:
         entries = Entries(
             log_weights(self._kernel, newest.time_ms_BL, newest.weight_BL, now_ms_B), value_BLHD.transpose(1, 2)
         )
-        query_BCHE = _rows(self._query_MX, candidate_BC).unflatten(-1, heads)
         key_BHLE = _rows(self._key_MX, item_BL).unflatten(-1, heads).transpose(1, 2)
-        return _rows(self._gate_MH, candidate_BC)[..., None] * read_entries(query_BCHE, key_BHLE, entries, self.reach)
+        seen_BCHD = self._queries.read(candidate_BC, key_BHLE, entries).unflatten(-1, heads)
+        return (_rows(self._gate_MH, candidate_BC)[..., None] * seen_BCHD).flatten(2)
 
 
 def of_items(ranker: Ranker, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
