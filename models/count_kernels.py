@@ -13,10 +13,30 @@ import numba
 import numpy as np
 
 from models.cache_kernels import CANCELLED, CANCELLED_WHOLLY, VANISHED
-from models.memory import load_f32, load_i32, load_u16
+from models.memory import copy
 
 # In place of the cell of an item that is not counted; and above all cells.
 NO_CELL, BEYOND = 0, 1 << 16
+# Entries whose decays are written down side by side.
+RUN = 64
+
+
+def _decayed_loop(mass_NR, decay_R):
+    """The masses decayed, and how many numbers of them vanished. In long runs, of which the compiler makes vectors."""
+    rates, mass_X = decay_R.shape[0], np.ascontiguousarray(mass_NR).reshape(-1)
+    out_X, decay_Y, vanished = np.empty(mass_X.shape[0], np.float32), np.empty(RUN * rates), 0
+    for y in range(RUN * rates):
+        decay_Y[y] = decay_R[y % rates]
+    for first in range(0, mass_X.shape[0], RUN * rates):
+        for y in range(min(RUN * rates, mass_X.shape[0] - first)):
+            mass = np.float32(mass_X[first + y] * decay_Y[y])
+            gone = abs(mass) < np.float32(VANISHED)
+            out_X[first + y] = np.float32(0.0) if gone else mass
+            vanished += gone
+    return out_X.reshape(mass_NR.shape), vanished
+
+
+_decayed = numba.njit(cache=True, nogil=True)(unwrap(_decayed_loop))
 
 
 def _count_loop(cell_N, net_N, mass_NR, age_ms, event_cell_EQ, event_age_ms_E, event_weight_E, rate_R):
@@ -29,13 +49,24 @@ def _count_loop(cell_N, net_N, mass_NR, age_ms, event_cell_EQ, event_age_ms_E, e
     out_mass = np.empty((held + pairs, rates), np.float32)
     decay_R = np.exp(-rate_R * age_ms)
     sum_R, gross_R = np.empty(rates), np.empty(rates)
+    decayed_NR, vanished = _decayed(mass_NR, decay_R)
     n = p = size = 0
     while p < pairs and touched_P[order_P[p]] == NO_CELL:
         p += 1
     while n < held or p < pairs:
-        cell = np.int64(cell_N[n]) if n < held else np.int64(BEYOND)
-        if p < pairs:
-            cell = min(cell, np.int64(touched_P[order_P[p]]))
+        cell = np.int64(touched_P[order_P[p]]) if p < pairs else np.int64(BEYOND)
+        # Most cells have no new event: nothing can cancel, and their masses are only decayed.
+        untouched = n + np.searchsorted(cell_N[n:], cell)
+        if untouched > n and not vanished:
+            to = size + untouched - n
+            out_cell[size:to], out_net[size:to] = cell_N[n:untouched], net_N[n:untouched]
+            out_mass[size:to] = decayed_NR[n:untouched]
+            n, size = untouched, to
+        while n < untouched:
+            out_cell[size], out_net[size], out_mass[size] = cell_N[n], net_N[n], decayed_NR[n]
+            n, size = n + 1, size + decayed_NR[n].any()
+        if p == pairs:
+            break
         net = np.int64(0)
         sum_R[:] = 0.0
         gross_R[:] = 0.0
@@ -82,10 +113,9 @@ def _count_rows_loop(place_B, event_N, cell_MQ, rate_R, reference_ms_B, start_B,
         held, events = place.cell_entries, place.events
         held_cell, held_net = np.empty(held, np.uint16), np.empty(held, np.int32)
         held_mass = np.empty((held, rates), np.float32)
-        for n in range(held):
-            held_cell[n], held_net[n] = load_u16(place.cells + 2 * n), load_i32(place.cell_nets + 4 * n)
-            for r in range(rates):
-                held_mass[n, r] = load_f32(place.cell_masses + 4 * (n * rates + r))
+        copy(held_cell.ctypes.data, place.cells, 2 * held)
+        copy(held_net.ctypes.data, place.cell_nets, 4 * held)
+        copy(held_mass.ctypes.data, place.cell_masses, 4 * rates * held)
         event_cell, event_age_ms = np.empty((events, fields), np.uint16), np.empty(events, np.int64)
         event_weight = np.empty(events, np.float32)
         for e in range(events):
@@ -103,6 +133,31 @@ def _count_rows_loop(place_B, event_N, cell_MQ, rate_R, reference_ms_B, start_B,
 
 
 count_rows_kernel = numba.njit(cache=True, nogil=True)(unwrap(_count_rows_loop))
+
+
+def _read_counts_loop(item_BC, cell_MQ, cell_BN, mass_BNR, age_ms_B, rate_R, count_BCX):
+    """`models.attention.read_counts` of items: each one's counts at this age of the masses, by bisection.
+
+    Raises IndexError for an item beyond the cells.
+    """
+    rates, entries = rate_R.shape[0], cell_BN.shape[1]
+    for b in range(item_BC.shape[0]):
+        decay_R = np.exp(-rate_R * age_ms_B[b])
+        for c in range(item_BC.shape[1]):
+            if not 0 <= item_BC[b, c] < cell_MQ.shape[0]:
+                raise IndexError("an item beyond the table of cells")
+            for q in range(cell_MQ.shape[1]):
+                cell, at, beyond = cell_MQ[item_BC[b, c], q], 0, entries
+                while at < beyond:
+                    middle = (at + beyond) >> 1
+                    lower = cell_BN[b, middle] < cell
+                    at, beyond = (middle + 1 if lower else at), (beyond if lower else middle)
+                found = at < entries and cell_BN[b, at] == cell
+                for r in range(rates):
+                    count_BCX[b, c, q * rates + r] = max(mass_BNR[b, at, r] * decay_R[r], 0.0) if found else 0.0
+
+
+read_counts_kernel = numba.njit(cache=True, nogil=True)(unwrap(_read_counts_loop))
 
 
 def _timeline_loop(event_NQ, time_ms_N, weight_N, end_I, now_ms_I, bound_I, asked_CQ, cells, rate_R):

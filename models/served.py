@@ -25,8 +25,10 @@ from models.attention import (
     weighed_at,
 )
 from models.checkpoint import Sizes
+from models.count_kernels import read_counts_kernel
 from models.ranker import Ranker, VqlHistory
-from models.read_kernels import read_kernel
+from models.read_kernels import read_kernel, window_kernel
+from models.request import History
 from models.window import Window
 
 ITEMS_AT_ONCE = 1 << 16
@@ -72,18 +74,38 @@ class ServedRanker:
         seen_BCV = self._queries.read(candidate_BC, self._codeword_HKE[None], entries)
         if self._window is not None:
             seen_BCV = seen_BCV + self._window.read(candidate_BC, cache, now_ms_B)
-        counts = self.ranker.counts_from_cache(candidate_BC, cache, now_ms_B)
+        counts = self._counts(candidate_BC, cache, now_ms_B)
         return self.ranker.head_logits(_rows(self._candidate_MV, candidate_BC), seen_BCV, counts)
+
+    def _counts(
+        self, candidate_BC: torch.Tensor, cache: CacheBatch, now_ms_B: torch.Tensor
+    ) -> Float[torch.Tensor, "B C X"] | None:
+        """`Ranker.counts_from_cache`, on a CPU in one call."""
+        ranker = self.ranker
+        if ranker.counting is None or candidate_BC.device.type != "cpu":
+            return ranker.counts_from_cache(candidate_BC, cache, now_ms_B)
+        count_BCX = torch.empty(*candidate_BC.shape, ranker.count_width)
+        age_ms_B = now_ms_B - cache.reference_ms_B
+        inputs = (candidate_BC, ranker.cell_MQ, cache.cell_BN, cache.cell_mass_BNR, age_ms_B, ranker.count_rate_R)
+        read_counts_kernel(*(tensor.contiguous().numpy() for tensor in (*inputs, count_BCX)))
+        return count_BCX
 
 
 class ItemQueries:
-    """The queries of a table's items, and attention by them to entries with keys of their own.
+    """The queries of a table's items, and attention by them to entries that have keys.
 
-    compiled: on a CPU, where no logit is beyond REACH_MAX, by `read_kernel` in one pass; else by torch's operations.
+    gate_MH: what an item's result is multiplied by, if by anything. compiled: on a CPU, where no logit is beyond
+    REACH_MAX, by `read_kernel` in one pass; else by torch's operations.
     """
 
-    def __init__(self, query_MX: Float[torch.Tensor, "M X"], reach: float, sizes: Sizes) -> None:
-        self.query_MX, self.reach, self._sizes = query_MX.contiguous(), reach, sizes
+    def __init__(
+        self,
+        query_MX: Float[torch.Tensor, "M X"],
+        reach: float,
+        sizes: Sizes,
+        gate_MH: Float[torch.Tensor, "M H"] | None = None,
+    ) -> None:
+        self._query_MX, self._gate_MH, self.reach, self._sizes = query_MX.contiguous(), gate_MH, reach, sizes
         self.compiled = query_MX.device.type == "cpu" and reach <= REACH_MAX
         if self.compiled:
             self._kernel = read_kernel(sizes.key_width, sizes.value_width)
@@ -107,11 +129,15 @@ class ItemQueries:
         """
         if not self.compiled:
             assert isinstance(entries, Entries)
-            query_BCHE = _rows(self.query_MX, candidate_BC).unflatten(-1, (self._sizes.heads, -1))
-            return read_entries(query_BCHE, key_BHKE, entries, self.reach).flatten(2)
+            query_BCHE = _rows(self._query_MX, candidate_BC).unflatten(-1, (self._sizes.heads, -1))
+            seen_BCHD = read_entries(query_BCHE, key_BHKE, entries, self.reach)
+            if self._gate_MH is not None:
+                seen_BCHD = _rows(self._gate_MH, candidate_BC)[..., None] * seen_BCHD
+            return seen_BCHD.flatten(2)
         mass_BHK, mean_BHKD = entries.weighed() if isinstance(entries, Entries) else entries
+        gate_MH = self._query_MX[:0] if self._gate_MH is None else self._gate_MH
         out_BCV = torch.empty(*candidate_BC.shape, self._sizes.heads * self._sizes.value_width)
-        inputs = (self.query_MX, candidate_BC, key_BHKE, mass_BHK, mean_BHKD, out_BCV)
+        inputs = (self._query_MX, gate_MH, candidate_BC, key_BHKE, mass_BHK, mean_BHKD, out_BCV)
         self._kernel(*(tensor.contiguous().numpy() for tensor in inputs))
         return out_BCV
 
@@ -121,14 +147,27 @@ class ServedWindow:
 
     def __init__(self, ranker: Ranker, window: Window) -> None:
         self._window, self._encoder = window, ranker.encoder
-        self._gate_MH = of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).gate_BCH)
         self._key_MX = of_items(ranker, lambda x_1Nd: window.keys(x_1Nd).flatten(2))
         self._value_MV = of_items(ranker, lambda x_1Nd: window.values(x_1Nd).flatten(2))
         self._kernel = window.kernel()
         # Keys are layer-normed too.
         reach = ROUNDING * float(window.log_temperature_H.exp().max()) * math.sqrt(window.sizes.key_width)
-        query_MX = of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).query_BCHE.flatten(2))
-        self._queries = ItemQueries(query_MX, reach, window.sizes)
+        self._queries = ItemQueries(
+            of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).query_BCHE.flatten(2)),
+            reach,
+            window.sizes,
+            of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).gate_BCH),
+        )
+        if self._queries.compiled:
+            tables = (
+                self._key_MX,
+                self._value_MV,
+                window.action_value_AHD,
+                self._kernel.log_weight_HR.double(),
+                self._kernel.rate_HR.double(),
+            )
+            self._tables = [table.detach().contiguous().numpy() for table in tables]
+            self._compiled(History.empty(1), torch.zeros(1, dtype=torch.int64))
 
     @property
     def reach(self) -> float:
@@ -139,15 +178,30 @@ class ServedWindow:
         self, candidate_BC: Int64[torch.Tensor, "B C"], cache: CacheBatch, now_ms_B: Int64[torch.Tensor, "B"]
     ) -> Float[torch.Tensor, "B C V"]:
         """What is added for each candidate. Raises ValueError as `Window.newest_in`."""
-        newest = self._window.newest_in(cache)
+        of_events = self._compiled if self._queries.compiled else self._plain
+        return self._queries.read(candidate_BC, *of_events(self._window.newest_in(cache), now_ms_B))
+
+    def _plain(self, newest: History, now_ms_B: torch.Tensor) -> tuple[torch.Tensor, Entries]:
+        """The events' keys (B H L E), and what else a read takes of them."""
         item_BL, heads = self._encoder.known(newest.item_BL), (self._window.sizes.heads, -1)
         value_BLHD = self._window.with_actions(_rows(self._value_MV, item_BL).unflatten(-1, heads), newest)
-        entries = Entries(
-            log_weights(self._kernel, newest.time_ms_BL, newest.weight_BL, now_ms_B), value_BLHD.transpose(1, 2)
-        )
+        log_weight_BHL = log_weights(self._kernel, newest.time_ms_BL, newest.weight_BL, now_ms_B)
         key_BHLE = _rows(self._key_MX, item_BL).unflatten(-1, heads).transpose(1, 2)
-        seen_BCHD = self._queries.read(candidate_BC, key_BHLE, entries).unflatten(-1, heads)
-        return (_rows(self._gate_MH, candidate_BC)[..., None] * seen_BCHD).flatten(2)
+        return key_BHLE, Entries(log_weight_BHL, value_BLHD.transpose(1, 2))
+
+    def _compiled(self, newest: History, now_ms_B: torch.Tensor) -> tuple[torch.Tensor, Weighed]:
+        """The same in one call: a dozen small operations of torch would take longer than what they do."""
+        sizes, (users, length) = self._window.sizes, newest.item_BL.shape
+        mass_BHL = torch.empty(users, sizes.heads, length)
+        key_BHLE = torch.empty(*mass_BHL.shape, sizes.key_width)
+        value_BHLD = torch.empty(*mass_BHL.shape, sizes.value_width)
+        events = (newest.item_BL, newest.action_BL, newest.time_ms_BL, newest.weight_BL, now_ms_B)
+        window_kernel(
+            *(each.contiguous().numpy() for each in events),
+            *self._tables,
+            *(each.numpy() for each in (key_BHLE, mass_BHL, value_BHLD)),
+        )
+        return key_BHLE, Weighed(mass_BHL, value_BHLD)
 
 
 def of_items(ranker: Ranker, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
