@@ -120,14 +120,18 @@ class Scorer:
         )
 
     def _logits(self, items: Sequence[np.ndarray], now_ms: Sequence[int], caches: CacheBatch) -> torch.Tensor:
-        item_BC = np.full((len(items), max(map(len, items))), UNKNOWN)
-        for b, item_C in enumerate(items):
-            item_BC[b, : len(item_C)] = item_C
+        item_BC = items[0][None]
+        if len(items) > 1:
+            item_BC = np.full((len(items), max(map(len, items))), UNKNOWN)
+            for b, item_C in enumerate(items):
+                item_BC[b, : len(item_C)] = item_C
+        # Each call to torch takes microseconds, cold several times that: on a CPU nothing is to be moved.
+        candidate_BC, now_ms_B = torch.from_numpy(item_BC), torch.from_numpy(np.array(now_ms, np.int64))
         device = self.placement.device
         with torch.inference_mode():
-            return self.served.from_cache(
-                torch.from_numpy(item_BC).to(device), caches, torch.tensor(now_ms, device=device)
-            ).cpu()
+            if device.type == "cpu":
+                return self.served.from_cache(candidate_BC, caches, now_ms_B)
+            return self.served.from_cache(candidate_BC.to(device), caches, now_ms_B.to(device)).cpu()
 
 
 def load_scorer(checkpoint: Checkpoint, fold: Fold, reader: Reader, placement: Placement | None = None) -> Scorer:

@@ -172,7 +172,7 @@ def entries_at(cache: CacheBatch, kernel: Kernel, now_ms_B: Int64[torch.Tensor, 
 def weighed_at(cache: CacheBatch, kernel: Kernel, now_ms_B: Int64[torch.Tensor, "B"]) -> Weighed:
     """The caches as of these times, without logarithms where a single rate needs none."""
     if cache.mass_BHKR.shape[-1] == 1:
-        return Weighed(cache.mass_BHKR[..., 0], cache.mean_BHKRD[..., 0, :].float())
+        return Weighed(cache.mass_BHKR.select(3, 0), cache.mean_BHKRD.select(3, 0).float())
     return entries_at(cache, kernel, now_ms_B).weighed()
 
 

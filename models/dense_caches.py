@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Int64
 
 from models.attention import CacheBatch, padded_counts
+from models.cache import CacheSpec
 from models.cache_kernels import PLACE, dense_kernel
 from models.count_kernels import count_rows_kernel
-from models.counts import CountPlan
 from models.newest import COLUMNS, newest_kernel
 from models.row import Fold, RowBytes, encode_row, new_row
 from models.row_places import ABSENT, SOUND, RowPlaces, place_rows
@@ -93,9 +93,9 @@ class DenseBatch:
         if using.newest:
             # After the kernel, which takes items beyond the table for the unknown one.
             newest_kernel(places.place_B, places.event_N, *(array[at] for array in self._newest.values()))
-        if using.counting is not None:
+        if using.count_spec is not None:
             reference_ms_B = self._written[2][at]
-            self._counts[at] = _counts(places, reference_ms_B, using.counting, table.cell_MQ)
+            self._counts[at] = _counts(places, reference_ms_B, using.count_spec, table.cell_MQ)
         self.place_B[at] = places.place_B
 
     def caches(self) -> DenseCaches:
@@ -120,10 +120,10 @@ def dense_caches(places: RowPlaces, using: Fold, device: torch.device) -> DenseC
 
 
 def _counts(
-    places: RowPlaces, reference_ms_B: np.ndarray, counting: CountPlan, cell_MQ: np.ndarray
+    places: RowPlaces, reference_ms_B: np.ndarray, spec: CacheSpec, cell_MQ: np.ndarray
 ) -> list[tuple[np.ndarray, np.ndarray] | None]:
     """Each user's cells and masses, as of these times; None for users without a sound row."""
-    place_B, rate_R = places.place_B, counting.rate_R
+    place_B, rate_R = places.place_B, spec.rate_HR[0]
     sound_B = place_B["status"] == SOUND
     most_B = np.where(sound_B, place_B["cell_entries"] + place_B["events"] * cell_MQ.shape[1], 0)
     start_B, size_B = np.cumsum(most_B) - most_B, np.zeros(len(place_B), np.int64)

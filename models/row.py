@@ -17,7 +17,7 @@ Knows items only as indices of an item table. Shapes: as in `cache`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
@@ -98,7 +98,8 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, eq=False, gc=False):
 class Fold:
     """What a writer needs of a checkpoint: the sizes, the window W, the item table, and what it counts, if anything.
 
-    newest: of the recent events, how many a ranker attends one by one.
+    newest: of the recent events, how many a ranker attends one by one. count_spec: the counts as a cache; None for a
+    checkpoint that does not count.
     """
 
     spec: CacheSpec
@@ -106,11 +107,12 @@ class Fold:
     table: ItemTable
     counting: CountPlan | None = None
     newest: int = 0
+    count_spec: CacheSpec | None = field(init=False)
 
-    @property
-    def count_spec(self) -> CacheSpec | None:
-        """The counts as a cache; None for a checkpoint that does not count."""
-        return None if self.counting is None else self.counting.spec(self.spec.checkpoint_id)
+    def __post_init__(self) -> None:
+        # Made once: a row is read in less time than it takes to make it anew.
+        spec = None if self.counting is None else self.counting.spec(self.spec.checkpoint_id)
+        object.__setattr__(self, "count_spec", spec)
 
     def encode(self, recent: np.ndarray) -> EncodedEvents:
         """Look the events' items and actions up in the table.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 
@@ -51,10 +52,11 @@ class ServedRanker:
         self.ranker = ranker
         self._candidate_MV = of_items(ranker, ranker.candidate)
         self._window = None if history.window is None else ServedWindow(ranker, history.window)
-        self._codeword_HKE, self._kernel = history.codewords().contiguous(), history.kernel()
+        codeword_HKE, self._kernel = history.codewords().contiguous(), history.kernel()
+        self._codeword_1HKE = codeword_HKE[None]
         # A layer-normed query is, before it is scaled, no longer than the square root of its width.
-        reach_H = history.log_temperature_H.exp() * self._codeword_HKE.norm(dim=-1).amax(dim=-1)
-        self._queries = ItemQueries(
+        reach_H = history.log_temperature_H.exp() * codeword_HKE.norm(dim=-1).amax(dim=-1)
+        self.queries = ItemQueries(
             of_items(ranker, lambda x_1Nd: history.queries(x_1Nd).flatten(2)),
             ROUNDING * float(reach_H.max()),
             history.sizes,
@@ -63,15 +65,15 @@ class ServedRanker:
     @property
     def reach(self) -> float:
         """How far from 0 the logit of a codeword can be."""
-        return self._queries.reach
+        return self.queries.reach
 
     def from_cache(
         self, candidate_BC: Int64[torch.Tensor, "B C"], cache: CacheBatch, now_ms_B: Int64[torch.Tensor, "B"]
     ) -> Float[torch.Tensor, "B C"]:
         """Logits of items by their index in the table."""
-        compiled = self._queries.compiled
+        compiled = self.queries.compiled
         entries = (weighed_at if compiled else entries_at)(cache, self._kernel, now_ms_B)
-        seen_BCV = self._queries.read(candidate_BC, self._codeword_HKE[None], entries)
+        seen_BCV = self.queries.read(candidate_BC, self._codeword_1HKE, entries)
         if self._window is not None:
             seen_BCV = seen_BCV + self._window.read(candidate_BC, cache, now_ms_B)
         counts = self._counts(candidate_BC, cache, now_ms_B)
@@ -84,11 +86,11 @@ class ServedRanker:
         ranker = self.ranker
         if ranker.counting is None or candidate_BC.device.type != "cpu":
             return ranker.counts_from_cache(candidate_BC, cache, now_ms_B)
-        count_BCX = torch.empty(*candidate_BC.shape, ranker.count_width)
+        count_BCX = np.empty((*candidate_BC.shape, ranker.count_width), np.float32)
         age_ms_B = now_ms_B - cache.reference_ms_B
         inputs = (candidate_BC, ranker.cell_MQ, cache.cell_BN, cache.cell_mass_BNR, age_ms_B, ranker.count_rate_R)
-        read_counts_kernel(*(tensor.contiguous().numpy() for tensor in (*inputs, count_BCX)))
-        return count_BCX
+        read_counts_kernel(*(tensor.contiguous().numpy() for tensor in inputs), count_BCX)
+        return torch.from_numpy(count_BCX)
 
 
 class ItemQueries:
@@ -109,6 +111,8 @@ class ItemQueries:
         self.compiled = query_MX.device.type == "cpu" and reach <= REACH_MAX
         if self.compiled:
             self._kernel = read_kernel(sizes.key_width, sizes.value_width)
+            gates_MH = self._query_MX[:0] if gate_MH is None else gate_MH.contiguous()
+            self._tables = self._query_MX.numpy(), gates_MH.numpy()
             # Compiled now, which takes a second where it is not on this machine's disk yet.
             one, heads = torch.zeros(1, 1, dtype=torch.int64), (1, sizes.heads, 1)
             self.read(
@@ -135,11 +139,10 @@ class ItemQueries:
                 seen_BCHD = _rows(self._gate_MH, candidate_BC)[..., None] * seen_BCHD
             return seen_BCHD.flatten(2)
         mass_BHK, mean_BHKD = entries.weighed() if isinstance(entries, Entries) else entries
-        gate_MH = self._query_MX[:0] if self._gate_MH is None else self._gate_MH
-        out_BCV = torch.empty(*candidate_BC.shape, self._sizes.heads * self._sizes.value_width)
-        inputs = (self._query_MX, gate_MH, candidate_BC, key_BHKE, mass_BHK, mean_BHKD, out_BCV)
-        self._kernel(*(tensor.contiguous().numpy() for tensor in inputs))
-        return out_BCV
+        out_BCV = np.empty((*candidate_BC.shape, self._sizes.heads * self._sizes.value_width), np.float32)
+        inputs = (candidate_BC, key_BHKE, mass_BHK, mean_BHKD)
+        self._kernel(*self._tables, *(tensor.contiguous().numpy() for tensor in inputs), out_BCV)
+        return torch.from_numpy(out_BCV)
 
 
 class ServedWindow:
@@ -152,13 +155,13 @@ class ServedWindow:
         self._kernel = window.kernel()
         # Keys are layer-normed too.
         reach = ROUNDING * float(window.log_temperature_H.exp().max()) * math.sqrt(window.sizes.key_width)
-        self._queries = ItemQueries(
+        self.queries = ItemQueries(
             of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).query_BCHE.flatten(2)),
             reach,
             window.sizes,
             of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).gate_BCH),
         )
-        if self._queries.compiled:
+        if self.queries.compiled:
             tables = (
                 self._key_MX,
                 self._value_MV,
@@ -167,21 +170,21 @@ class ServedWindow:
                 self._kernel.rate_HR.double(),
             )
             self._tables = [table.detach().contiguous().numpy() for table in tables]
-            self._compiled(History.empty(1), torch.zeros(1, dtype=torch.int64))
+            self.compiled_entries(History.empty(1), torch.zeros(1, dtype=torch.int64))
 
     @property
     def reach(self) -> float:
         """How far from 0 the logit of an event can be."""
-        return self._queries.reach
+        return self.queries.reach
 
     def read(
         self, candidate_BC: Int64[torch.Tensor, "B C"], cache: CacheBatch, now_ms_B: Int64[torch.Tensor, "B"]
     ) -> Float[torch.Tensor, "B C V"]:
         """What is added for each candidate. Raises ValueError as `Window.newest_in`."""
-        of_events = self._compiled if self._queries.compiled else self._plain
-        return self._queries.read(candidate_BC, *of_events(self._window.newest_in(cache), now_ms_B))
+        of_events = self.compiled_entries if self.queries.compiled else self.plain_entries
+        return self.queries.read(candidate_BC, *of_events(self._window.newest_in(cache), now_ms_B))
 
-    def _plain(self, newest: History, now_ms_B: torch.Tensor) -> tuple[torch.Tensor, Entries]:
+    def plain_entries(self, newest: History, now_ms_B: torch.Tensor) -> tuple[torch.Tensor, Entries]:
         """The events' keys (B H L E), and what else a read takes of them."""
         item_BL, heads = self._encoder.known(newest.item_BL), (self._window.sizes.heads, -1)
         value_BLHD = self._window.with_actions(_rows(self._value_MV, item_BL).unflatten(-1, heads), newest)
@@ -189,18 +192,16 @@ class ServedWindow:
         key_BHLE = _rows(self._key_MX, item_BL).unflatten(-1, heads).transpose(1, 2)
         return key_BHLE, Entries(log_weight_BHL, value_BLHD.transpose(1, 2))
 
-    def _compiled(self, newest: History, now_ms_B: torch.Tensor) -> tuple[torch.Tensor, Weighed]:
+    def compiled_entries(self, newest: History, now_ms_B: torch.Tensor) -> tuple[torch.Tensor, Weighed]:
         """The same in one call: a dozen small operations of torch would take longer than what they do."""
-        sizes, (users, length) = self._window.sizes, newest.item_BL.shape
-        mass_BHL = torch.empty(users, sizes.heads, length)
-        key_BHLE = torch.empty(*mass_BHL.shape, sizes.key_width)
-        value_BHLD = torch.empty(*mass_BHL.shape, sizes.value_width)
+        sizes = self._window.sizes
+        shape_BHL = (len(now_ms_B), sizes.heads, newest.item_BL.shape[1])
+        key_BHLE = np.empty((*shape_BHL, sizes.key_width), np.float32)
+        mass_BHL, value_BHLD = np.empty(shape_BHL, np.float32), np.empty((*shape_BHL, sizes.value_width), np.float32)
         events = (newest.item_BL, newest.action_BL, newest.time_ms_BL, newest.weight_BL, now_ms_B)
-        window_kernel(
-            *(each.contiguous().numpy() for each in events),
-            *self._tables,
-            *(each.numpy() for each in (key_BHLE, mass_BHL, value_BHLD)),
-        )
+        inputs = (*(each.contiguous().numpy() for each in events), *self._tables)
+        window_kernel(*inputs, key_BHLE, mass_BHL, value_BHLD)
+        key_BHLE, mass_BHL, value_BHLD = map(torch.from_numpy, (key_BHLE, mass_BHL, value_BHLD))
         return key_BHLE, Weighed(mass_BHL, value_BHLD)
 
 
