@@ -61,6 +61,11 @@ class ServedRanker:
             ROUNDING * float(reach_H.max()),
             history.sizes,
         )
+        if ranker.counting is not None and ranker.cell_MQ.device.type == "cpu":
+            # Compiled now too, of nobody's counts.
+            nobody = (np.empty((0, 0), np.int64), ranker.cell_MQ.numpy(), np.empty((0, 0), np.int32))
+            ages, none = np.empty(0, np.int64), np.empty((0, 0, 0), np.float32)
+            read_counts_kernel(*nobody, none, ages, ranker.count_rate_R.numpy(), none)
 
     @property
     def reach(self) -> float:
