@@ -28,7 +28,7 @@ from models.rivals.events import item_vectors
 SLOTS = 8
 # In training, a longer history is gone along once more in the backward pass, CHUNK events at a time: else the states
 # of every event would be held at once.
-CHUNK = 512
+CHUNK = 1024
 
 
 class State(NamedTuple):
