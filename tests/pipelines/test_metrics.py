@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
-import yaml
 
 from pipelines.metrics import _OUTCOMES, _TOTALS, StreamMetrics
 from pipelines.update import COUNTED, UpdateCounts
-
-DEPLOY = Path(__file__).parents[2] / "deploy"
-_METRIC = re.compile(r"\bvql_[a-z0-9_]+")
 
 
 class Clock:
@@ -144,31 +137,3 @@ def test_the_clients_statistics_become_a_few_gauges(metrics: StreamMetrics) -> N
     assert value(metrics, "vql_kafka_consumer_lag_events", partition="1") == 42
     assert value(metrics, "vql_kafka_broker_rtt_p99_seconds", partition="1") == 0.0025
     assert value(metrics, "vql_kafka_brokers_up", partition="1") == 1
-
-
-def exported(metrics: StreamMetrics) -> set[str]:
-    """Every sample's name of a stream that has met everything."""
-    metrics.log_end(0, 9)
-    metrics.committed(0, 5)
-    metrics.dead_letters(["json"])
-    metrics.kafka_statistics(1, json.dumps(STATISTICS))
-    return {sample.name for family in metrics.registry.collect() for sample in family.samples}
-
-
-def test_each_metric_of_the_alert_rules_is_exported(metrics: StreamMetrics) -> None:
-    rules = yaml.safe_load((DEPLOY / "prometheus" / "vql-stream.rules.yml").read_text())
-    alerts = [rule for group in rules["groups"] for rule in group["rules"]]
-    assert all(rule["annotations"]["remedy"] and rule["labels"]["severity"] for rule in alerts)
-    named = [set(_METRIC.findall(rule["expr"])) for rule in alerts]
-    assert all(named)
-    assert set.union(*named) <= exported(metrics)
-
-
-def test_the_dashboard_shows_each_metric_and_no_other(metrics: StreamMetrics) -> None:
-    dashboard = msgspec.json.decode((DEPLOY / "grafana" / "vql-stream.json").read_bytes())
-    named = [set(_METRIC.findall(t["expr"])) for panel in dashboard["panels"] for t in panel["targets"]]
-    assert all(named)
-    of_histogram = ("vql_stream_event_to_visible_seconds_", "vql_stream_row_bytes_")
-    found = {name for name in exported(metrics) if not name.endswith("_created") and not name.startswith(of_histogram)}
-    # An offset is for comparing with other tools, not for a plot.
-    assert set.union(*named) - {name + "bucket" for name in of_histogram} == found - {"vql_stream_in_rows_offset"}
