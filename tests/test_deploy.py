@@ -110,6 +110,7 @@ def test_applications_of_spark_have_what_an_image_of_ours_has() -> None:
         # As spark-submit starts it: a file, whose own folder comes first among the modules.
         said = subprocess.run([sys.executable, script, spec["arguments"][0], "--help"], capture_output=True, text=True)
         assert said.returncode == 0, said.stderr
+        assert f"Usage: cli.py {spec['arguments'][0]} " in said.stdout
 
 
 def test_every_command_of_the_manifests_is_one_of_vql() -> None:
