@@ -27,13 +27,14 @@ take = numba.njit(nogil=True)(unwrap(_take))
 
 
 def test_of_many_threads_each_row_has_one_and_all_are_counted():
-    rows = 200_000
-    turn_3, taken_N, took = turns(0, 0), np.zeros(rows, np.int64), []
+    # So many that threads meet, even where others' work leaves them little time.
+    rows = 5_000_000
+    turn_3, taken_N, took = turns(0, 0), np.zeros(rows, np.int8), []
     take(turns(0, 0), taken_N, 0)
     threads = [Thread(target=lambda: took.append(take(turn_3, taken_N, rows))) for _ in range(3)]
     for thread in threads:
         thread.start()
-    for end in range(100, rows + 1, 100):
+    for end in range(50_000, rows + 1, 50_000):
         rows_there(turn_3, end)
     for thread in threads:
         thread.join()
