@@ -1,8 +1,9 @@
 """A batch's tensors made while its rows are still coming: by a thread beside the one that receives them, and by both
 once all are there.
 
-Checking and folding leave the interpreter free (they are compiled), so the two run at the same time. Where the thread
-is busy with other calls' rows, the caller makes its own.
+Checking and folding leave the interpreter free (they are compiled), so the two run at the same time, and take one row
+after the other in turns: none waits for a part to be full, and both end together. Where the thread is busy with other
+calls' rows, the caller makes its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from functools import cached_property
 
 from models.dense_caches import DenseBatch
 from models.row import RowBytes
-from models.row_places import StoredRows
 
 
 class Filling:
@@ -22,7 +22,8 @@ class Filling:
 
     def __init__(self, users: int, make: Callable[[int], DenseBatch], threads: Executor) -> None:
         self._users, self._make, self._threads = users, make, threads
-        self._parts: dict[int, tuple[Future[None] | None, Sequence[RowBytes | None]]] = {}
+        self._taken = 0
+        self._workers: list[Future[None]] = []
 
     @cached_property
     def batch(self) -> DenseBatch:
@@ -30,31 +31,37 @@ class Filling:
         return self._make(self._users)
 
     def take(self, first: int, rows: Sequence[RowBytes | None]) -> None:
-        """Have these rows filled in soon; the last part by the caller, for whom there is nothing left to receive.
+        """Have these rows filled in soon; the last ones by the caller too, who has nothing left to receive.
 
         What came from here on before, in a try that failed, is done with first. Without rows, only make the batch.
         """
-        for filled, _ in [self._parts.pop(begun) for begun in list(self._parts) if begun >= first]:
-            if filled is not None and not filled.cancel():
-                wait([filled])
-        batch, filled = self.batch, None
+        if first < self._taken:
+            self._end()
+        batch, self._taken = self.batch, first + len(rows)
         if not rows:
             return
-        if first + len(rows) != self._users:
+        batch.offer(first, rows)
+        # Another thread if all that were asked have begun, and these rows are left all the same.
+        if self._taken < self._users and all(worker.running() or worker.done() for worker in self._workers):
             # The threads may be shut down: the reader was closed while this read was under way.
             with suppress(RuntimeError):
-                filled = self._threads.submit(batch.fill, first, rows)
-        self._parts[first] = filled, rows
-        if filled is None:
-            batch.fill(first, rows)
+                self._workers.append(self._threads.submit(batch.work))
 
     def finish(self) -> Sequence[RowBytes | None]:
-        """All rows, filled in when this returns; those that no thread has begun by now, by the caller."""
-        for first, (filled, rows) in reversed(self._parts.items()):
-            if filled is None:
-                continue
-            if filled.cancel():
-                self.batch.fill(first, rows)
-            else:
-                filled.result()
-        return StoredRows.joined([self._parts[first][1] for first in sorted(self._parts)])
+        """All rows, filled in when this returns."""
+        self.batch.work()
+        # The other thread's last row is what is waited for, and not that thread's own end, which takes longer.
+        if not self.batch.is_done():
+            self._end()
+            assert self.batch.is_done(), "a row that was taken is not done"
+        for worker in self._workers:
+            worker.cancel()
+        return self.batch.rows
+
+    def _end(self) -> None:
+        """No other thread is at work when this returns. Raises what went wrong in one."""
+        begun = [worker for worker in self._workers if not worker.cancel()]
+        self._workers.clear()
+        wait(begun)
+        for worker in begun:
+            worker.result()

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from feature_repo.filling import Filling
-from feature_repo.kept_rows import KeptRows
+from feature_repo.kept_rows import Found, KeptRows
 from feature_repo.opened import Opened
 from feature_repo.reader_metrics import ReaderMetrics
 from feature_repo.store import RowStore, run_out
@@ -219,18 +219,27 @@ class Reader:
         """
         using = self.fold
         filling = Filling(len(user_ids), lambda users: DenseBatch(users, using, self.device), self._fillers)
+        found: Found | None = None
+
+        def take(first: int, rows: Sequence[RowBytes | None]) -> None:
+            nonlocal found
+            filling.take(first, rows)
+            if not rows and self.limits.deadline_s is not None:
+                # The store is at work: later this would be waited for.
+                found = self._kept.find(user_ids)
+
         try:
             if not self._begun:
                 yield
                 self.require_filled()
-            yield from self.rows.reading(using.spec.checkpoint_id, user_ids, filling.take, until_s)
+            yield from self.rows.reading(using.spec.checkpoint_id, user_ids, take, until_s)
         except UnavailableError:
             raise
         except StoreError as error:
             self._forget(error)
             raise
         rows, batch = filling.finish(), filling.batch
-        behind = [] if self.limits.deadline_s is None else self._kept.renew(user_ids, rows, batch.place_B)
+        behind = [] if self.limits.deadline_s is None else self._kept.renew(user_ids, rows, batch.place_B, found)
         for b, row in zip(behind, self._kept.get([user_ids[b] for b in behind]), strict=True):
             if row is not None:
                 batch.fill(b, [row])

@@ -37,7 +37,7 @@ BACKOFF_BASE_S, BACKOFF_MAX_S = 0.05, 1.0
 COMMANDS_TOGETHER = 10
 FAR_S = 0.001
 # At least; only the last part has fewer.
-ANSWERS_PER_PART = 24
+ANSWERS_PER_PART = 12
 # What a server says while it fails over or has no quorum; it heals by itself.
 _PASSING = ("MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
 _REMEDIES: tuple[tuple[type[RedisError], str], ...] = (

@@ -226,11 +226,10 @@ def _parts(reader: Reader, user_ids: Sequence[str], calls: int = 50) -> dict[str
     """Where a read's time goes: medians of its steps, each by itself, in this thread."""
     rows = reader.rows.get_rows(reader.checkpoint.checkpoint_id, user_ids)
     using, cpu = reader.fold, torch.device("cpu")
-    places = placed(rows, using)
     steps: dict[str, Callable[[], object]] = {
         "rows from the store": lambda: reader.rows.get_rows(reader.checkpoint.checkpoint_id, user_ids),
         "checked and found": lambda: placed(rows, using),
-        "scattered and folded": lambda: dense_caches(places, using, cpu),
+        "checked, found and folded": lambda: dense_caches(rows, using, cpu),
         "the whole read": lambda: reader.read(user_ids),
     }
     found: dict[str, list[float]] = {name: [] for name in steps}

@@ -1,4 +1,4 @@
-"""The compiled forms of `models.counts`: one user's fold, and the counts of a batch from the bytes of its rows.
+"""The compiled forms of `models.counts`: one user's fold, and the counts of a row from its bytes.
 
 What `models.cache_kernels` does for caches, for entries that are a thousand times sparser: cells are merged in order,
 where codewords are scattered into dense sums. And the counts along a timeline, which training reads. Shapes: as in
@@ -99,40 +99,35 @@ def _count_loop(cell_N, net_N, mass_NR, age_ms, event_cell_EQ, event_age_ms_E, e
 count_kernel = numba.njit(cache=True, nogil=True)(unwrap(_count_loop))
 
 
-def _count_rows_loop(place_B, event_N, cell_MQ, rate_R, reference_ms_B, start_B, cell_N, mass_NR, size_B):
-    """`count_kernel` of each row's recent events and its counts, from the bytes; user b's begin at start_B[b].
+def _count_row(place, event_N, cell_MQ, rate_R, reference_ms, cell_at, mass_at):
+    """`count_kernel` of a row's recent events and its counts, from the bytes, to these addresses; how many cells.
 
-    As of reference_ms_B; comes after `dense_kernel`, which finds it, and items beyond the table.
+    As of reference_ms. Comes when items beyond the table are the unknown one (`models.dense_kernel`).
     """
     fields, rates = cell_MQ.shape[1], rate_R.shape[0]
-    for b in range(place_B.shape[0]):
-        place = place_B[b]
-        size_B[b] = 0
-        if place.status != 0:
-            continue
-        held, events = place.cell_entries, place.events
-        held_cell, held_net = np.empty(held, np.uint16), np.empty(held, np.int32)
-        held_mass = np.empty((held, rates), np.float32)
-        copy(held_cell.ctypes.data, place.cells, 2 * held)
-        copy(held_net.ctypes.data, place.cell_nets, 4 * held)
-        copy(held_mass.ctypes.data, place.cell_masses, 4 * rates * held)
-        event_cell, event_age_ms = np.empty((events, fields), np.uint16), np.empty(events, np.int64)
-        event_weight = np.empty(events, np.float32)
-        for e in range(events):
-            event = event_N[place.first + e]
-            event_age_ms[e], event_weight[e] = reference_ms_B[b] - event.time_ms, event.weight
-            for f in range(fields):
-                event_cell[e, f] = cell_MQ[event.item, f]
-        age_ms = reference_ms_B[b] - place.reference_ms
-        cells, _, masses = count_kernel(
-            held_cell, held_net, held_mass, age_ms, event_cell, event_age_ms, event_weight, rate_R
-        )
-        start, size_B[b] = start_B[b], cells.shape[0]
-        cell_N[start : start + size_B[b]] = cells
-        mass_NR[start : start + size_B[b]] = masses
+    held, events = place.cell_entries, place.events
+    held_cell, held_net = np.empty(held, np.uint16), np.empty(held, np.int32)
+    held_mass = np.empty((held, rates), np.float32)
+    copy(held_cell.ctypes.data, place.cells, 2 * held)
+    copy(held_net.ctypes.data, place.cell_nets, 4 * held)
+    copy(held_mass.ctypes.data, place.cell_masses, 4 * rates * held)
+    event_cell, event_age_ms = np.empty((events, fields), np.uint16), np.empty(events, np.int64)
+    event_weight = np.empty(events, np.float32)
+    for e in range(events):
+        event = event_N[place.first + e]
+        event_age_ms[e], event_weight[e] = reference_ms - event.time_ms, event.weight
+        for f in range(fields):
+            event_cell[e, f] = cell_MQ[event.item, f]
+    age_ms = reference_ms - place.reference_ms
+    cells, _, masses = count_kernel(
+        held_cell, held_net, held_mass, age_ms, event_cell, event_age_ms, event_weight, rate_R
+    )
+    copy(cell_at, cells.ctypes.data, 2 * cells.shape[0])
+    copy(mass_at, masses.ctypes.data, 4 * rates * cells.shape[0])
+    return cells.shape[0]
 
 
-count_rows_kernel = numba.njit(cache=True, nogil=True)(unwrap(_count_rows_loop))
+count_row = numba.njit(cache=True, nogil=True)(unwrap(_count_row))
 
 
 def _read_counts_loop(item_BC, cell_MQ, cell_BN, mass_BNR, age_ms_B, rate_R, count_BCX):

@@ -14,12 +14,20 @@ import torch
 from jaxtyping import Int64
 
 from models.attention import CacheBatch, padded_counts
-from models.cache import CacheSpec
-from models.cache_kernels import PLACE, dense_kernel
-from models.count_kernels import count_rows_kernel
-from models.newest import COLUMNS, newest_kernel
+from models.cache_kernels import PLACE
+from models.dense_kernel import dense_kernel
+from models.newest import COLUMNS
 from models.row import Fold, RowBytes, encode_row, new_row
-from models.row_places import ABSENT, SOUND, RowPlaces, place_rows
+from models.row_places import (
+    ABSENT,
+    RECORD_BYTES,
+    SOUND,
+    RowPlaces,
+    StoredRows,
+    place_rows,
+    sizes_and_limits,
+)
+from models.turns import all_done, rows_there, turns
 
 
 class DenseCaches(NamedTuple):
@@ -35,14 +43,14 @@ def placed(rows: Sequence[RowBytes | None], using: Fold) -> RowPlaces:
 
 
 class DenseBatch:
-    """The tensors of a batch of users, filled part by part as rows come: every part has to come before `caches`.
+    """The tensors of a batch of users, made of its rows as they come: all have to be filled in before `caches`.
 
     The one copy that is made on the host is the one into these tensors; they are pinned where the device is a GPU, so
     that the copy to it goes on by itself. place_B: each user's place (dtype PLACE), its addresses valid no longer.
     """
 
     def __init__(self, users: int, using: Fold, device: torch.device) -> None:
-        spec, pinned = using.spec, device.type == "cuda"
+        spec, table, pinned = using.spec, using.table, device.type == "cuda"
 
         def new(dtype: type[np.generic], *shape: int) -> np.ndarray:
             # What the kernels write to is an array: torch's calls take longer, cold several times.
@@ -50,12 +58,11 @@ class DenseBatch:
                 return np.empty(shape, dtype)
             return torch.from_numpy(np.empty(shape, dtype)).pin_memory().numpy()
 
-        self._using, self._device = using, device
-        self._kernel = dense_kernel(spec.heads // spec.groups, spec.rates, spec.value_width)
+        self._users, self._device = users, device
         mass_BHKR = new(np.float32, users, spec.heads, spec.codewords, spec.rates)
         mean_BHKRD = new(np.float32, *mass_BHKR.shape, spec.value_width)
-        self._written = [mass_BHKR, mean_BHKRD, new(np.int64, users), new(np.int64, users), np.zeros(users, np.int64)]
-        self._newest = {name: new(dtype, users, using.newest) for name, dtype in COLUMNS.items()}
+        reference_ms_B, count_B, self._unknown_B = new(np.int64, users), new(np.int64, users), np.zeros(users, np.int64)
+        newest = {name: new(dtype, users, using.newest) for name, dtype in COLUMNS.items()}
         self.place_B = np.zeros(users, PLACE)
         self.place_B["status"] = ABSENT
         self._present_B = np.zeros(users, bool)
@@ -63,48 +70,104 @@ class DenseBatch:
         self._fields = {
             name: torch.from_numpy(array)
             for name, array in {
-                **dict(zip(("mass_BHKR", "mean_BHKRD", "reference_ms_B", "count_B"), self._written, strict=False)),
-                "present_B": self._present_B,
-                **{f"newest_{name}_BL": array for name, array in self._newest.items()},
+                **{"mass_BHKR": mass_BHKR, "mean_BHKRD": mean_BHKRD},
+                **{"reference_ms_B": reference_ms_B, "count_B": count_B, "present_B": self._present_B},
+                **{f"newest_{name}_BL": array for name, array in newest.items()},
             }.items()
         }
+        # Where rows lie, and what they lie in; where their counts go, and how many cells came of each.
+        self._address_P, self._size_P = np.full((2, 2 * users), -1, np.int64)
+        self._memory: list[Sequence[object]] = []
+        self._count_rates = 0 if using.count_spec is None else using.count_spec.rates
+        self._fields_counted = table.cell_MQ.shape[1]
+        self._cells_at_B, self._masses_at_B, self._cells_B = np.zeros((3, users), np.int64)
         self._counts: list[tuple[np.ndarray, np.ndarray] | None] = [None] * users
-
-    def fill(self, first: int, rows: Sequence[RowBytes | None]) -> None:
-        """The rows of the users from `first` on."""
-        self.scatter(first, placed(rows, self._using))
-
-    def scatter(self, first: int, places: RowPlaces) -> None:
-        """`fill` with rows that are found already."""
-        users = len(places.place_B)
-        # The kernel writes where it is told to, and would write beyond the tensors.
-        assert 0 <= first <= len(self.place_B) - users, f"{users} rows from {first} on in {len(self.place_B)}"
-        at = slice(first, first + users)
-        using, table = self._using, self._using.table
-        self._kernel(
-            places.place_B,
-            places.event_N,
+        self._turns = turns(0, 0)
+        self._kernel = dense_kernel(spec.heads // spec.groups, spec.rates, spec.value_width)
+        self._arguments = (
+            self._address_P,
+            self._size_P,
+            *sizes_and_limits(spec, len(table.action_value_AHD), using.count_spec),
             table.code_MG,
             table.value_MHD,
             table.action_value_AHD,
-            using.spec.rate_GPR,
-            *(array[at] for array in self._written),
+            spec.rate_GPR,
+            table.cell_MQ,
+            np.empty(0) if using.count_spec is None else using.count_spec.rate_HR[0],
+            self.place_B,
+            mass_BHKR,
+            mean_BHKRD,
+            reference_ms_B,
+            count_B,
+            self._unknown_B,
+            *newest.values(),
+            self._cells_at_B,
+            self._masses_at_B,
+            self._cells_B,
         )
-        if using.newest:
-            # After the kernel, which takes items beyond the table for the unknown one.
-            newest_kernel(places.place_B, places.event_N, *(array[at] for array in self._newest.values()))
-        if using.count_spec is not None:
-            reference_ms_B = self._written[2][at]
-            self._counts[at] = _counts(places, reference_ms_B, using.count_spec, table.cell_MQ)
-        self.place_B[at] = places.place_B
+
+    def fill(self, first: int, rows: Sequence[RowBytes | None]) -> None:
+        """The rows of the users from `first` on, now."""
+        self._bring(first, rows)
+        self._kernel(turns(first, first + len(rows)), *self._arguments)
+
+    def offer(self, first: int, rows: Sequence[RowBytes | None]) -> None:
+        """Rows for whoever has time for them (`work`): those of the users behind the ones that were offered before.
+
+        From an earlier user on they are offered anew, which must not be while a thread is at work.
+        """
+        self._bring(first, rows)
+        if first < self._turns[1]:
+            taken = min(first, int(self._turns[0]))
+            self._turns[:] = taken, first, taken
+        assert first == self._turns[1], f"rows from {first} on behind those up to {self._turns[1]}"
+        rows_there(self._turns, first + len(rows))
+
+    def work(self) -> None:
+        """Fill in rows that were offered until none is left, beside other threads that do the same."""
+        self._kernel(self._turns, *self._arguments)
+
+    def is_done(self) -> bool:
+        """Whether all rows that were offered are filled in; waits for a row that another thread is just at."""
+        return all_done(self._turns)
+
+    @property
+    def rows(self) -> StoredRows:
+        """What was offered, where it lies."""
+        return StoredRows(self._memory, self._address_P, self._size_P)
 
     def caches(self) -> DenseCaches:
         """The whole batch, on the device."""
         np.equal(self.place_B["status"], SOUND, out=self._present_B)
-        fields = self._fields | padded_counts(self._counts, len(self._counts))
+        counts = [
+            (each[0][:cells], each[1][:cells]) if each is not None and present else None
+            for each, cells, present in zip(self._counts, self._cells_B.tolist(), self._present_B.tolist(), strict=True)
+        ]
+        fields = self._fields | padded_counts(counts, self._users)
         if self._device.type != "cpu":
             fields = {name: tensor.to(self._device, non_blocking=tensor.is_pinned()) for name, tensor in fields.items()}
-        return DenseCaches(CacheBatch(**fields), self._written[-1])
+        return DenseCaches(CacheBatch(**fields), self._unknown_B)
+
+    def _bring(self, first: int, rows: Sequence[RowBytes | None]) -> None:
+        """Say where these rows lie, and where their counts go."""
+        last = first + len(rows)
+        # The kernel writes where it is told to, and would write beyond the tensors.
+        assert 0 <= first <= last <= self._users, f"{len(rows)} rows from {first} on in {self._users}"
+        stored = StoredRows.of(rows)
+        self._memory.append(stored.memory)
+        self._address_P[2 * first : 2 * last], self._size_P[2 * first : 2 * last] = stored.address_P, stored.size_P
+        if self._count_rates:
+            self._make_room_for_counts(first, last)
+
+    def _make_room_for_counts(self, first: int, last: int) -> None:
+        """For as many cells as the bytes of these rows can hold, and their recent events touch."""
+        folded_b, recent_b = np.maximum(self._size_P[2 * first : 2 * last].reshape(-1, 2), 0).T
+        most_b = folded_b // (2 + 4 + 4 * self._count_rates) + recent_b // RECORD_BYTES * self._fields_counted
+        start_b, most = np.cumsum(most_b) - most_b, int(most_b.sum())
+        cell_N, mass_NR = np.empty(most, np.uint16), np.empty((most, self._count_rates), np.float32)
+        self._cells_at_B[first:last] = cell_N.ctypes.data + cell_N.strides[0] * start_b
+        self._masses_at_B[first:last] = mass_NR.ctypes.data + mass_NR.strides[0] * start_b
+        self._counts[first:last] = [(cell_N[start:], mass_NR[start:]) for start in start_b.tolist()]
 
 
 def compile_kernels(using: Fold) -> None:
@@ -112,22 +175,8 @@ def compile_kernels(using: Fold) -> None:
     DenseBatch(1, using, torch.device("cpu")).fill(0, [encode_row(new_row(using.spec, 0, 0))])
 
 
-def dense_caches(places: RowPlaces, using: Fold, device: torch.device) -> DenseCaches:
+def dense_caches(rows: Sequence[RowBytes | None], using: Fold, device: torch.device) -> DenseCaches:
     """Caches of the sound rows; all other users are absent."""
-    batch = DenseBatch(len(places.place_B), using, device)
-    batch.scatter(0, places)
+    batch = DenseBatch(len(rows), using, device)
+    batch.fill(0, rows)
     return batch.caches()
-
-
-def _counts(
-    places: RowPlaces, reference_ms_B: np.ndarray, spec: CacheSpec, cell_MQ: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray] | None]:
-    """Each user's cells and masses, as of these times; None for users without a sound row."""
-    place_B, rate_R = places.place_B, spec.rate_HR[0]
-    sound_B = place_B["status"] == SOUND
-    most_B = np.where(sound_B, place_B["cell_entries"] + place_B["events"] * cell_MQ.shape[1], 0)
-    start_B, size_B = np.cumsum(most_B) - most_B, np.zeros(len(place_B), np.int64)
-    cell_N, mass_NR = np.empty(most_B.sum(), np.uint16), np.empty((most_B.sum(), len(rate_R)), np.float32)
-    count_rows_kernel(places.place_B, places.event_N, cell_MQ, rate_R, reference_ms_B, start_B, cell_N, mass_NR, size_B)
-    bounds = zip(sound_B.tolist(), start_B.tolist(), (start_B + size_B).tolist(), strict=True)
-    return [(cell_N[start:end], mass_NR[start:end]) if sound else None for sound, start, end in bounds]

@@ -67,8 +67,46 @@ def _prefetch():
     return intrinsic(unwrap(typed))
 
 
+def _load_shared():
+    def typed(typing_context, address):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+            return builder.load_atomic(pointer, ordering="acquire", align=8)
+
+        return types.int64(types.int64), generate
+
+    return intrinsic(unwrap(typed))
+
+
+def _store_shared():
+    def typed(typing_context, address, value):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+            builder.store_atomic(arguments[1], pointer, ordering="release", align=8)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), generate
+
+    return intrinsic(unwrap(typed))
+
+
+def _swap_shared():
+    def typed(typing_context, address, before, after):
+        def generate(context, builder, signature, arguments):
+            pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+            swapped = builder.cmpxchg(pointer, arguments[1], arguments[2], "acq_rel", "acquire")
+            return builder.extract_value(swapped, 1)
+
+        return types.boolean(types.int64, types.int64, types.int64), generate
+
+    return intrinsic(unwrap(typed))
+
+
 # copy(to, source, size_bytes); prefetch(address): it will be read soon, wherever it is
 copy, prefetch = _copy(), _prefetch()
 load_u16, load_u32, load_u64 = _load(types.uint16), _load(types.uint32), _load(types.uint64)
 load_i64, load_f32 = _load(types.int64), _load(types.float32)
 load_i32 = _load(types.int32)
+# Of whole numbers (int64, aligned) that several threads use: what was written before a store_shared is seen by who
+# has loaded its value. swap_shared(address, before, after): whether it was `before`, and is `after` now.
+load_shared, store_shared, swap_shared = _load_shared(), _store_shared(), _swap_shared()

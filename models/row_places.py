@@ -57,7 +57,7 @@ _REFERENCE_AT, _COUNT_AT = _AT["reference_ms"], _AT["event_count"]
 _DTYPE_AT, _ITEMS_AT, _SIZE_AT = (_AT[name] - HEADER_BYTES for name in ("dtype", "items", "size_bytes"))
 _FOLDED_WORD, _RECENT_WORD = (int.from_bytes(magic, "little") for magic in (FOLDED_MAGIC, RECENT_MAGIC))
 _TIME_AT, _ITEM_AT, _WEIGHT_AT = (offset_in(RECENT, name) for name in ("time", "item", "weight"))
-_RECORD_BYTES = RECENT.itemsize
+RECORD_BYTES = RECENT.itemsize
 
 
 class StoredRows(Sequence[RowBytes | None]):
@@ -78,18 +78,6 @@ class StoredRows(Sequence[RowBytes | None]):
         parts = [part for row in rows for part in ((b"", b"") if row is None else (row.folded, row.recent))]
         sizes = [size for row in rows for size in ((-1, -1) if row is None else (len(row.folded), len(row.recent)))]
         return cls(parts, addresses(parts), np.array(sizes, np.int64))
-
-    @classmethod
-    def joined(cls, several: Sequence[Sequence[RowBytes | None]]) -> StoredRows:
-        """All of these in one, without a copy."""
-        stored = [cls.of(rows) for rows in several]
-        if len(stored) == 1:
-            return stored[0]
-        address_P, size_P = (
-            np.concatenate([np.empty(0, np.int64), *each])
-            for each in ([rows.address_P for rows in stored], [rows.size_P for rows in stored])
-        )
-        return cls([rows.memory for rows in stored], address_P, size_P)
 
     def __len__(self) -> int:
         return len(self.size_P) // 2
@@ -130,15 +118,22 @@ def place_rows(
     """
     stored = StoredRows.of(rows)
     size_P = stored.size_P
-    identity = np.frombuffer(bytes.fromhex(spec.checkpoint_id), np.uint64)
+    place_B = np.zeros(len(stored), PLACE)
+    event_N = np.empty(int(np.maximum(size_P[1::2], 0).sum()) // RECORD_BYTES, EVENT)
+    _place_kernel(stored.address_P, size_P, *sizes_and_limits(spec, actions, count_spec), place_B, event_N)
+    return RowPlaces(place_B, event_N, stored.memory)
+
+
+def sizes_and_limits(
+    spec: CacheSpec, actions: int, count_spec: CacheSpec | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What `place_row` compares a row with: the checkpoint's identity, bytes of an entry's numbers, highest numbers."""
+    identity_2 = np.frombuffer(bytes.fromhex(spec.checkpoint_id), np.uint64)
     entry = spec.heads // spec.groups * spec.rates * 4
     rates, cells = (0, 0) if count_spec is None else (count_spec.rates, count_spec.codewords)
     size_3 = np.array([entry, entry * spec.value_width, 4 * rates])
     limit_3 = np.array([spec.groups * spec.codewords, actions, cells])
-    place_B = np.zeros(len(stored), PLACE)
-    event_N = np.empty(int(np.maximum(size_P[1::2], 0).sum()) // _RECORD_BYTES, EVENT)
-    _place_kernel(stored.address_P, size_P, identity, size_3, limit_3, place_B, event_N)
-    return RowPlaces(place_B, event_N, stored.memory)
+    return identity_2, size_3, limit_3
 
 
 def _header(address, size, magic, identity):
@@ -200,7 +195,7 @@ def _unpack(folded, records, place, actions, event_N):
         return False
     last = folded_offset if folded_epoch == place.epoch else -1
     for n in range(place.events):
-        record, event = records + n * _RECORD_BYTES, event_N[place.first + n]
+        record, event = records + n * RECORD_BYTES, event_N[place.first + n]
         offset, time = np.int64(load_u64(record) >> np.uint64(16)), load_u64(record + _TIME_AT)
         event.time_ms, event.action = np.int64(time >> np.uint64(16)), np.int64(time >> np.uint64(8)) & 0xFF
         event.item, event.weight = np.int64(load_u32(record + _ITEM_AT)), load_f32(record + _WEIGHT_AT)
@@ -216,45 +211,50 @@ _header, _section, _rising, _unpack = (
 _counts = numba.njit(cache=True)(unwrap(_counts))
 
 
-def _place_loop(address_P, size_P, identity, size_3, limit_3, place_B, event_N):
+def _place_row(b, first, address_P, size_P, identity_2, size_3, limit_3, place_B, event_N):
+    """Find and check the parts of row b, its recent events to come from `first` on, where there is room for them."""
+    place = place_B[b]
+    folded, recent = address_P[2 * b], address_P[2 * b + 1]
+    folded_size, recent_size = size_P[2 * b], size_P[2 * b + 1]
+    place.events = 0
+    if folded_size < 0:
+        place.status = ABSENT
+        return
+    place.status = _header(folded, folded_size, _FOLDED_WORD, identity_2)
+    if place.status == SOUND:
+        place.status = _header(recent, recent_size, _RECENT_WORD, identity_2)
+    if place.status != SOUND:
+        return
+    place.codes, place.entries = _section(folded, folded_size, CODES, U16, 2)
+    place.nets, nets = _section(folded, folded_size, NETS, I32, 4)
+    place.masses, masses = _section(folded, folded_size, MASSES, F32, size_3[0])
+    place.means, means = _section(folded, folded_size, MEANS, F32, size_3[1])
+    records, place.events = _section(recent, recent_size, EVENTS, RECORD, RECORD_BYTES)
+    place.first = first
+    place.reference_ms, place.count = load_i64(folded + _REFERENCE_AT), load_i64(folded + _COUNT_AT)
+    place.epoch, place.offset = np.int64(load_u32(recent + _EPOCH_AT)), load_i64(recent + _OFFSET_AT)
+    place.revision = np.int64(load_u32(recent + _REVISION_AT))
+    found = min(place.codes, place.nets, place.masses, place.means, records) >= 0
+    if (
+        not found
+        or nets != place.entries
+        or masses != place.entries
+        or means != place.entries
+        or not _rising(place.codes, place.entries, -1, limit_3[0])
+        or not _unpack(folded, records, place, limit_3[1], event_N)
+        or (size_3[2] > 0 and not _counts(folded, folded_size, place, size_3[2], limit_3[2]))
+    ):
+        place.status = DAMAGED
+
+
+place_row = numba.njit(cache=True, nogil=True)(unwrap(_place_row))
+
+
+def _place_loop(address_P, size_P, identity_2, size_3, limit_3, place_B, event_N):
     first = 0
     for b in range(place_B.shape[0]):
-        place = place_B[b]
-        folded, recent = address_P[2 * b], address_P[2 * b + 1]
-        folded_size, recent_size = size_P[2 * b], size_P[2 * b + 1]
-        if folded_size < 0:
-            place.status = ABSENT
-            continue
-        place.status = _header(folded, folded_size, _FOLDED_WORD, identity)
-        if place.status == SOUND:
-            place.status = _header(recent, recent_size, _RECENT_WORD, identity)
-        if place.status != SOUND:
-            continue
-        place.codes, place.entries = _section(folded, folded_size, CODES, U16, 2)
-        place.nets, nets = _section(folded, folded_size, NETS, I32, 4)
-        place.masses, masses = _section(folded, folded_size, MASSES, F32, size_3[0])
-        place.means, means = _section(folded, folded_size, MEANS, F32, size_3[1])
-        records, place.events = _section(recent, recent_size, EVENTS, RECORD, _RECORD_BYTES)
-        place.first, first = first, first + place.events
-        place.reference_ms, place.count = load_i64(folded + _REFERENCE_AT), load_i64(folded + _COUNT_AT)
-        place.epoch, place.offset = np.int64(load_u32(recent + _EPOCH_AT)), load_i64(recent + _OFFSET_AT)
-        place.revision = np.int64(load_u32(recent + _REVISION_AT))
-        found = min(place.codes, place.nets, place.masses, place.means, records) >= 0
-        if (
-            not found
-            or nets != place.entries
-            or masses != place.entries
-            or means != place.entries
-            or not _rising(place.codes, place.entries, -1, limit_3[0])
-            or not _unpack(folded, records, place, limit_3[1], event_N)
-            or (size_3[2] > 0 and not _counts(folded, folded_size, place, size_3[2], limit_3[2]))
-        ):
-            place.status = DAMAGED
+        place_row(b, first, address_P, size_P, identity_2, size_3, limit_3, place_B, event_N)
+        first += place_B[b].events
 
 
 _place_kernel = numba.njit(cache=True, nogil=True)(unwrap(_place_loop))
-
-
-def stamps(place_B: np.ndarray) -> list[tuple[int, int, int]]:
-    """Each row's place in the order of stamps (epoch, offset, revision)."""
-    return list(zip(place_B["epoch"].tolist(), place_B["offset"].tolist(), place_B["revision"].tolist(), strict=True))

@@ -11,8 +11,9 @@ import torch
 from feature_repo.filling import Filling
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
-from models.dense_caches import DenseBatch, dense_caches, placed
+from models.dense_caches import DenseBatch, dense_caches
 from models.row import Fold, RowBytes, encode_row
+from models.turns import next_row
 from tests.feature_repo.rows import small_rows
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def rows(checkpoint: Checkpoint, fold: Fold) -> list[RowBytes | None]:
 
 
 def assert_as_at_once(batch: DenseBatch, rows: list[RowBytes | None], fold: Fold) -> None:
-    expected = dense_caches(placed(rows, fold), fold, CPU).caches
+    expected = dense_caches(rows, fold, CPU).caches
     for name in CacheBatch.__slots__:
         assert torch.equal(getattr(batch.caches().caches, name), getattr(expected, name)), name
 
@@ -60,29 +61,48 @@ def test_what_a_failed_try_left_under_way_is_done_before_it_begins_again(rows, f
     free, order = threading.Event(), []
 
     class SlowBatch(DenseBatch):
-        def fill(self, first, rows):
-            if not order:
+        def work(self):
+            if "begun" not in order:
                 order.append("begun")
                 free.wait(30)
-            super().fill(first, rows)
+            super().work()
+
+        def offer(self, first, rows):
+            super().offer(first, rows)
             order.append(rows[0])
 
     batch = SlowBatch(len(rows), fold, CPU)
     with ThreadPoolExecutor(1) as pool:
         filling = Filling(len(rows), lambda _: batch, pool)
         filling.take(0, rows[1:2])
-        while not order:
+        while "begun" not in order:
             pass
         threading.Timer(0.2, free.set).start()
         filling.take(0, rows)
+        assert free.is_set()
         filling.finish()
-    assert order == ["begun", rows[1], rows[0]]
     assert_as_at_once(batch, rows, fold)
 
 
-def test_what_goes_wrong_in_a_thread_is_the_callers_to_know(rows, fold: Fold):
+def test_rows_beyond_the_batch_are_refused_before_a_kernel_writes_there(rows, fold: Fold):
     with ThreadPoolExecutor(1) as threads:
         filling = Filling(len(rows), lambda users: DenseBatch(users, fold, CPU), threads)
-        filling.take(len(rows) - 1, rows)  # beyond the batch
         with pytest.raises(AssertionError, match="rows from"):
+            filling.take(len(rows) - 1, rows)
+
+
+def test_what_goes_wrong_in_a_thread_is_the_callers_to_know(rows, fold: Fold):
+    class BadBatch(DenseBatch):
+        def work(self):
+            if threading.current_thread() is not threading.main_thread():
+                next_row(self._turns)
+                begun.set()
+                raise MemoryError("of this thread")
+
+    begun = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        filling = Filling(len(rows), lambda users: BadBatch(users, fold, CPU), threads)
+        filling.take(0, rows[:1])
+        assert begun.wait(30)
+        with pytest.raises(MemoryError, match="of this thread"):
             filling.finish()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from feature_repo.kept_rows import KeptRows
@@ -104,3 +105,49 @@ def test_what_is_replaced_or_forgotten_is_no_longer_counted(rows, older, fold: F
     renew(kept, {"u0": None}, fold)
     renew(new, {user_id: row for user_id, row in rows.items() if user_id != "u0"}, fold)
     assert kept.size_bytes == new.size_bytes > 0
+
+
+def test_what_was_found_before_may_be_gone_or_anothers_by_the_time_it_is_renewed(rows, older, fold: Fold) -> None:
+    clock = Clock()
+    kept = KeptRows(1 << 22, 10.0, clock)
+    renew(kept, {"u0": rows["u0"]}, fold)
+    place_B = placed([rows["u0"]], fold).place_B
+    found = kept.find(["u0"])
+    # The same row of another user takes its slot.
+    renew(kept, {"u0": None}, fold)
+    renew(kept, {"u1": rows["u0"]}, fold)
+    clock.now_s += 8
+    assert kept.renew(["u0"], [rows["u0"]], place_B, found) == []
+    clock.now_s += 8
+    assert kept.get(["u0", "u1"]) == [rows["u0"], None]
+    # A user who was not found is kept by now, newer.
+    found = kept.find(["u2"])
+    renew(kept, {"u2": rows["u2"]}, fold)
+    assert kept.renew(["u2"], [older["u2"]], placed([older["u2"]], fold).place_B, found) == [0]
+    # All are forgotten, and their slots with them.
+    several = {f"{user_id}-{n}": row for n in range(100) for user_id, row in rows.items()}
+    renew(kept, several, fold)
+    users, data = list(several), list(several.values())
+    found = kept.find(users)
+    kept.clear()
+    assert kept.renew(users, data, placed(data, fold).place_B, found) == []
+    assert kept.get(users) == data
+    assert kept.size_bytes == sum(row.size_bytes + 800 for row in data)
+
+
+def test_the_order_of_use_holds_over_many_reads_of_many_users(rows, fold: Fold) -> None:
+    """Against the obvious twin: a list with the least recently used first."""
+    rng, row = np.random.default_rng(0), rows["u0"]
+    kept, twin = KeptRows(20 * (row.size_bytes + 800), 10.0, Clock()), []
+    for _ in range(300):
+        users = [f"u{n}" for n in rng.choice(40, int(rng.integers(1, 6)), replace=False)]
+        if rng.random() < 0.3:
+            assert [bool(kept.get([user_id])[0]) for user_id in users] == [user_id in twin for user_id in users]
+            users = [user_id for user_id in users if user_id in twin]
+        for user_id in users:
+            renew(kept, {user_id: row}, fold)
+            twin = [*(other for other in twin if other != user_id), user_id][-20:]
+    assert kept.size_bytes == 20 * (row.size_bytes + 800)
+    users = [f"u{n}" for n in range(40)]
+    there = [user_id for user_id, found in zip(users, kept.get(users), strict=True) if found is not None]
+    assert there == [user_id for user_id in users if user_id in twin]

@@ -14,8 +14,8 @@ from feature_repo.reader import Reader, ReadLimits
 from feature_repo.sqlite_store import SqliteRows
 from feature_repo.store import RowPut, RowStore
 from models.attention import CacheBatch
-from models.cache_kernels import dense_kernel
 from models.checkpoint import Checkpoint
+from models.dense_kernel import dense_kernel
 from models.errors import StoreError
 from models.row import Fold, Row, encode_row, whole_cache
 from tests.feature_repo.plain_reader import read_plainly

@@ -24,7 +24,7 @@ from jobs.study.plan import ABLATIONS, Study, check_study, variants
 from jobs.train import DAY_MS, TrainJob, item_cells, plan_training, write_trained
 from models.checkpoint import Checkpoint
 from models.counts import CountPlan
-from models.dense_caches import dense_caches, placed
+from models.dense_caches import dense_caches
 from models.item_table import append_segments
 from models.load import load_ranker
 from models.ranker import Ranker
@@ -127,7 +127,7 @@ def from_rows(of: Trained) -> Iterator[torch.Tensor]:
     """The same from rows, by the plain form and by the one that is served."""
     assert of.using is not None
     rows = [row for timeline in of.timelines for row in rows_before(timeline, of.using)]
-    caches = dense_caches(placed(rows, of.using), of.using, torch.device("cpu")).caches
+    caches = dense_caches(rows, of.using, torch.device("cpu")).caches
     request = collate([one for timeline in of.timelines for one in timeline.impressions()], 1)
     for form in (of.loaded, ServedRanker(of.loaded)):
         yield form.from_cache(request.candidate_BC, caches, request.now_ms_B)
