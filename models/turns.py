@@ -43,17 +43,12 @@ def _row_done(turn_3):
         done = load_shared(done_at)
 
 
-next_row, row_done = (numba.njit(cache=True, nogil=True)(unwrap(each)) for each in (_next_row, _row_done))
-
-
-@numba.njit("(i8[::1], i8)", cache=True)
-def rows_there(turn_3, end):
+def _rows_there(turn_3, end):
     """Rows up to this one can be taken from now on; what was written of them before is seen by who takes them."""
     store_shared(turn_3.ctypes.data + 8, end)
 
 
-@numba.njit("b1(i8[::1])", cache=True, nogil=True)
-def all_done(turn_3):
+def _all_done(turn_3):
     """Whether all rows that are there are done, after a short wait if need be; what they wrote is seen then."""
     there_at, done_at = turn_3.ctypes.data + 8, turn_3.ctypes.data + 16
     for _ in range(YIELDS):
@@ -61,3 +56,9 @@ def all_done(turn_3):
             return True
         _sched_yield()
     return False
+
+
+# unwrap: in tests the functions of this module carry run-time shape checks, which numba cannot compile.
+next_row, row_done = (numba.njit(cache=True, nogil=True)(unwrap(each)) for each in (_next_row, _row_done))
+rows_there = numba.njit("(i8[::1], i8)", cache=True)(unwrap(_rows_there))
+all_done = numba.njit("b1(i8[::1])", cache=True, nogil=True)(unwrap(_all_done))
