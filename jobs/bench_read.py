@@ -33,7 +33,7 @@ from jobs.bench_read_rows import Layout, realistic_rows, store_rows
 from jobs.local_servers import RedisServer, running_redis
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint, Sizes
-from models.dense_caches import dense_caches, placed
+from models.dense_caches import dense_caches
 from models.errors import VqlError
 from models.newest import newest_of
 from models.row import Fold, Row, RowBytes, decode_row, whole_cache
@@ -228,7 +228,6 @@ def _parts(reader: Reader, user_ids: Sequence[str], calls: int = 50) -> dict[str
     using, cpu = reader.fold, torch.device("cpu")
     steps: dict[str, Callable[[], object]] = {
         "rows from the store": lambda: reader.rows.get_rows(reader.checkpoint.checkpoint_id, user_ids),
-        "checked and found": lambda: placed(rows, using),
         "checked, found and folded": lambda: dense_caches(rows, using, cpu),
         "the whole read": lambda: reader.read(user_ids),
     }

@@ -22,9 +22,7 @@ from models.row_places import (
     ABSENT,
     RECORD_BYTES,
     SOUND,
-    RowPlaces,
     StoredRows,
-    place_rows,
     sizes_and_limits,
 )
 from models.turns import all_done, rows_there, turns
@@ -35,11 +33,6 @@ class DenseCaches(NamedTuple):
 
     caches: CacheBatch
     unknown_B: Int64[np.ndarray, "B"]
-
-
-def placed(rows: Sequence[RowBytes | None], using: Fold) -> RowPlaces:
-    """The rows checked and found where they lie; None for users that have none."""
-    return place_rows(rows, using.spec, len(using.table.action_value_AHD), using.count_spec)
 
 
 class DenseBatch:

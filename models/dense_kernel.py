@@ -186,7 +186,7 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
                         mass = mass_E[e]
                         if abs(np.float32(mass)) >= np.float32(VANISHED):
                             mass_X[to] = mass
-                            quotient(mean + 4 * width * to, total + 8 * width * e, mass, width)
+                            quotient(mean + 4 * width * to, mass, total + 8 * width * e, width)
                         else:
                             mass_X[to] = 0.0
                             mean_X[to * width : (to + 1) * width] = 0.0

@@ -10,13 +10,12 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from inspect import unwrap
-from typing import NamedTuple, overload
+from typing import overload
 
 import numba
 import numpy as np
 
 from models.cache import CacheSpec
-from models.cache_kernels import EVENT, PLACE
 from models.checksums import crc32c_extend
 from models.count_kernels import NO_CELL
 from models.memory import addresses, load_f32, load_i64, load_u16, load_u32, load_u64
@@ -99,29 +98,6 @@ class StoredRows(Sequence[RowBytes | None]):
         """A copy of one part, None where it is not there."""
         size_bytes = int(self.size_P[p])
         return None if size_bytes < 0 else ctypes.string_at(int(self.address_P[p]), size_bytes)
-
-
-class RowPlaces(NamedTuple):
-    """The places of B rows (dtype PLACE), their recent events (dtype EVENT), and the memory that places point into."""
-
-    place_B: np.ndarray
-    event_N: np.ndarray
-    memory: Sequence[object]
-
-
-def place_rows(
-    rows: Sequence[RowBytes | None], spec: CacheSpec, actions: int, count_spec: CacheSpec | None = None
-) -> RowPlaces:
-    """Find and check the parts of these rows; `actions` is how many the checkpoint knows.
-
-    count_spec: the counts of the checkpoint, None where there are none.
-    """
-    stored = StoredRows.of(rows)
-    size_P = stored.size_P
-    place_B = np.zeros(len(stored), PLACE)
-    event_N = np.empty(int(np.maximum(size_P[1::2], 0).sum()) // RECORD_BYTES, EVENT)
-    _place_kernel(stored.address_P, size_P, *sizes_and_limits(spec, actions, count_spec), place_B, event_N)
-    return RowPlaces(place_B, event_N, stored.memory)
 
 
 def sizes_and_limits(
@@ -248,13 +224,3 @@ def _place_row(b, first, address_P, size_P, identity_2, size_3, limit_3, place_B
 
 
 place_row = numba.njit(cache=True, nogil=True)(unwrap(_place_row))
-
-
-def _place_loop(address_P, size_P, identity_2, size_3, limit_3, place_B, event_N):
-    first = 0
-    for b in range(place_B.shape[0]):
-        place_row(b, first, address_P, size_P, identity_2, size_3, limit_3, place_B, event_N)
-        first += place_B[b].events
-
-
-_place_kernel = numba.njit(cache=True, nogil=True)(unwrap(_place_loop))

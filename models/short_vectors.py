@@ -7,6 +7,7 @@ rounded one by one, as numpy's are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from inspect import unwrap
 from typing import Any
 
@@ -69,14 +70,17 @@ def _add_product():
     return intrinsic(prefer_literal=True)(unwrap(typed))
 
 
-def _product():
-    def typed(typing_context, to, factor, source, width):
+def _by_number(build: Callable[..., tuple[ir.Value, ir.Type]]):
+    """(to, number, source, width): at `to` what `build` makes of the number in all lanes and of the source."""
+
+    def typed(typing_context, to, number, source, width):
         lanes = _known(width)
 
         def generate(context, builder, signature, arguments):
-            to, factor, source, _ = arguments
+            to, number, source, _ = arguments
             on = _Vectors(builder, lanes)
-            on.store(builder.fmul(on.repeated(factor), on.wide(on.load(source, _F32))), to, _F64)
+            made, kind = build(builder, on, on.repeated(number), source)
+            on.store(made, to, kind)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.float64, types.int64, width), generate
@@ -84,22 +88,9 @@ def _product():
     return intrinsic(prefer_literal=True)(unwrap(typed))
 
 
-def _quotient():
-    def typed(typing_context, to, source, divisor, width):
-        lanes = _known(width)
-
-        def generate(context, builder, signature, arguments):
-            to, source, divisor, _ = arguments
-            on = _Vectors(builder, lanes)
-            on.store(on.narrow(builder.fdiv(on.load(source, _F64), on.repeated(divisor))), to, _F32)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.float64, width), generate
-
-    return intrinsic(prefer_literal=True)(unwrap(typed))
-
-
 # add_product(to, factor, first, second, width): float64 at `to` += factor * (first + second), which are float32
+add_product = _add_product()
 # product(to, factor, source, width): float64 at `to` = factor * source, which is float32
-# quotient(to, source, divisor, width): float32 at `to` = source, which is float64, / divisor
-add_product, product, quotient = _add_product(), _product(), _quotient()
+product = _by_number(lambda builder, on, factor, at: (builder.fmul(factor, on.wide(on.load(at, _F32))), _F64))
+# quotient(to, divisor, source, width): float32 at `to` = source, which is float64, / divisor
+quotient = _by_number(lambda builder, on, divisor, at: (on.narrow(builder.fdiv(on.load(at, _F64), divisor)), _F32))

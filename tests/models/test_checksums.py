@@ -19,17 +19,20 @@ EXTEND = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, cty
 IN_A_PROCESS = """
 import ctypes, sys, tempfile
 from pathlib import Path
-import llvmlite.binding, numba
+import llvmlite.binding, numba, torch
 {hidden}
-from models import checksums, row_places
+from models import checksums
+from models.dense_caches import DenseBatch
 from models.row import RowBytes, encode_row, new_row
 from tests.small import small_checkpoint
 with tempfile.TemporaryDirectory() as folder:
-    spec = small_checkpoint(Path(folder) / "c").spec
-row = encode_row(new_row(spec, 1, 2))
+    fold = small_checkpoint(Path(folder) / "c").fold()
+row = encode_row(new_row(fold.spec, 1, 2))
 bad = RowBytes(folded=row.folded[:-1] + b"?", recent=row.recent)
-print(row_places.place_rows([row, bad], spec, 4).place_B["status"].tolist())
-print(checksums.library_address() is None, sum(row_places._place_kernel.stats.cache_hits.values()))
+batch = DenseBatch(2, fold, torch.device("cpu"))
+batch.fill(0, [row, bad])
+print(batch.place_B["status"].tolist())
+print(checksums.library_address() is None, sum(batch._kernel.stats.cache_hits.values()))
 """
 HIDDEN = """
 def hidden(*_):

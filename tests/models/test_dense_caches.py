@@ -12,7 +12,7 @@ import torch
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
 from models.count_kernels import BEYOND
-from models.dense_caches import dense_caches, placed
+from models.dense_caches import DenseBatch, dense_caches
 from models.errors import ForeignRowError, WireError
 from models.item_table import UNKNOWN
 from models.newest import newest_of
@@ -79,10 +79,17 @@ def without_padding(caches: CacheBatch) -> CacheBatch:
     return replace(caches, cell_BN=caches.cell_BN[:, :longest], cell_mass_BNR=caches.cell_mass_BNR[:, :longest])
 
 
+def places_of(rows: list[RowBytes | None], using: Fold) -> np.ndarray:
+    """What is said of each row where the tensors are made of it."""
+    batch = DenseBatch(len(rows), using, CPU)
+    batch.fill(0, rows)
+    return batch.place_B
+
+
 def assert_as_plain(rows: list[RowBytes | None], using: Fold) -> list[int]:
-    places = placed(rows, using)
+    place_B = places_of(rows, using)
     expected, statuses = plain(rows, using)
-    assert places.place_B["status"].tolist() == statuses
+    assert place_B["status"].tolist() == statuses
     assert_same(dense_caches(rows, using, CPU).caches, expected)
     return statuses
 
@@ -125,9 +132,9 @@ def test_a_flipped_bit_in_one_of_a_hundred_rows_masks_that_user_and_no_other(che
         else:
             bad = RowBytes(folded=row.folded, recent=flipped(row.recent, int(rng.integers(8 * len(row.recent)))))
         hurt = [*rows[:hit], bad, *rows[hit + 1 :]]
-        places = placed(hurt, using)
+        place_B = places_of(hurt, using)
         caches = dense_caches(hurt, using, CPU).caches
-        assert places.place_B["status"][hit] == DAMAGED
+        assert place_B["status"][hit] == DAMAGED
         assert not caches.present_B[hit]
         assert not caches.mass_BHKR[hit].any()
         assert not caches.newest_weight_BL[hit].any()
@@ -158,16 +165,16 @@ def test_bytes_that_are_wrong_under_a_right_checksum_are_refused_and_read_no_fur
         bad.append(RowBytes(folded=data, recent=row.recent) if folded else RowBytes(folded=row.folded, recent=data))
     for data in (b"", b"VQLF", resealed(b""), resealed(row.recent[:64])):
         bad += [RowBytes(folded=data, recent=row.recent), RowBytes(folded=row.folded, recent=data)]
-    places = placed([*bad, row], using)
+    place_B = places_of([*bad, row], using)
     caches = dense_caches([*bad, row], using, CPU).caches
     _, statuses = plain([row], using)
     assert statuses == [SOUND]
-    assert places.place_B["status"][-1] == SOUND
+    assert place_B["status"][-1] == SOUND
     assert_same(
         dense_caches([row], using, CPU).caches,
         without_padding(CacheBatch(**{name: getattr(caches, name)[-1:] for name in CacheBatch.__slots__})),
     )
-    assert {DAMAGED, FOREIGN} <= set(places.place_B["status"].tolist())
+    assert {DAMAGED, FOREIGN} <= set(place_B["status"].tolist())
 
 
 def test_a_row_of_another_checkpoint_is_foreign(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -194,7 +201,7 @@ def test_an_action_that_the_checkpoint_does_not_know_is_damage(checkpoint: Check
     recent["time"] |= np.uint64(0xFF << 8)
     data = encode_row(row)
     bad = RowBytes(folded=data.folded, recent=encode_recent(checkpoint.checkpoint_id, row.stamp, recent))
-    assert placed([bad], using).place_B["status"].tolist() == [DAMAGED]
+    assert places_of([bad], using)["status"].tolist() == [DAMAGED]
 
 
 def test_items_beyond_the_table_are_read_as_unknown_and_counted(checkpoint: Checkpoint) -> None:
@@ -214,5 +221,5 @@ def test_items_beyond_the_table_are_read_as_unknown_and_counted(checkpoint: Chec
 def test_the_order_of_the_rows_stamps_is_known(checkpoint: Checkpoint) -> None:
     using = checkpoint.fold()
     row = random_row(checkpoint, using, 6, 0)
-    (place,) = placed([encode_row(row)], using).place_B[["epoch", "offset", "revision"]].tolist()
+    (place,) = places_of([encode_row(row)], using)[["epoch", "offset", "revision"]].tolist()
     assert place == row.stamp.order
