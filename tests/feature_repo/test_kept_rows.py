@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from feature_repo.kept_rows import KeptRows
 from models.checkpoint import Checkpoint
-from models.dense_caches import placed
+from models.dense_caches import DenseBatch
 from models.row import Fold, RowBytes, encode_row
 from tests.feature_repo.rows import small_rows
 
@@ -29,10 +30,17 @@ def older(checkpoint: Checkpoint, fold: Fold) -> dict[str, RowBytes]:
     return {user_id: encode_row(row) for user_id, row in small_rows(checkpoint, fold, 200).items()}
 
 
+def places(data: list[RowBytes | None], fold: Fold) -> np.ndarray:
+    """Each row's place, as a read finds it."""
+    batch = DenseBatch(len(data), fold, torch.device("cpu"))
+    batch.fill(0, data)
+    return batch.place_B
+
+
 def renew(kept: KeptRows, rows: dict[str, RowBytes | None], fold: Fold) -> list[str]:
     """Who has an older row than before."""
     users, data = list(rows), list(rows.values())
-    return [users[b] for b in kept.renew(users, data, placed(data, fold).place_B)]
+    return [users[b] for b in kept.renew(users, data, places(data, fold))]
 
 
 def test_rows_are_kept_for_a_while_after_the_store_gave_them_last(rows, fold: Fold) -> None:
@@ -93,7 +101,7 @@ def test_a_row_larger_than_all_that_may_be_kept_pushes_no_other_out(rows, fold: 
     renew(kept, {"u0": rows["u0"], "u1": rows["u1"]}, fold)
     before = kept.size_bytes
     large = RowBytes(folded=rows["u2"].folded, recent=bytes(1 << 20))
-    kept.renew(["u2"], [large], placed([rows["u2"]], fold).place_B)
+    kept.renew(["u2"], [large], places([rows["u2"]], fold))
     assert kept.get(["u0", "u1", "u2"]) == [rows["u0"], rows["u1"], None]
     assert kept.size_bytes == before
 
@@ -111,7 +119,7 @@ def test_what_was_found_before_may_be_gone_or_anothers_by_the_time_it_is_renewed
     clock = Clock()
     kept = KeptRows(1 << 22, 10.0, clock)
     renew(kept, {"u0": rows["u0"]}, fold)
-    place_B = placed([rows["u0"]], fold).place_B
+    place_B = places([rows["u0"]], fold)
     found = kept.find(["u0"])
     # The same row of another user takes its slot.
     renew(kept, {"u0": None}, fold)
@@ -123,14 +131,14 @@ def test_what_was_found_before_may_be_gone_or_anothers_by_the_time_it_is_renewed
     # A user who was not found is kept by now, newer.
     found = kept.find(["u2"])
     renew(kept, {"u2": rows["u2"]}, fold)
-    assert kept.renew(["u2"], [older["u2"]], placed([older["u2"]], fold).place_B, found) == [0]
+    assert kept.renew(["u2"], [older["u2"]], places([older["u2"]], fold), found) == [0]
     # All are forgotten, and their slots with them.
     several = {f"{user_id}-{n}": row for n in range(100) for user_id, row in rows.items()}
     renew(kept, several, fold)
     users, data = list(several), list(several.values())
     found = kept.find(users)
     kept.clear()
-    assert kept.renew(users, data, placed(data, fold).place_B, found) == []
+    assert kept.renew(users, data, places(data, fold), found) == []
     assert kept.get(users) == data
     assert kept.size_bytes == sum(row.size_bytes + 800 for row in data)
 
