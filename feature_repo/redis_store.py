@@ -125,6 +125,12 @@ class RedisRows:
         places = [_shards(checkpoint_id.decode())[crc32(user) % SHARDS] for checkpoint_id in checkpoint_ids]
         return sum(opened.ask([run_script(DELETE_ROW, [index, prefix + user], [user]) for index, prefix in places]))
 
+    def delete_row(self, checkpoint_id: str, user_id: str, stamp: Stamp) -> bool:
+        user = _encoded(user_id)
+        index, prefix = _shards(checkpoint_id)[crc32(user) % SHARDS]
+        (deleted,) = self._open().ask([run_script(DELETE_ROW, [index, prefix + user], [user, packed_stamp(stamp)])])
+        return deleted > 0
+
     def delete_checkpoint(self, checkpoint_id: str) -> int:
         opened, rows = self._open(), 0
         opened.ask([("DEL", _backfill_key(checkpoint_id), _positions_key(checkpoint_id), _logs_key(checkpoint_id))])

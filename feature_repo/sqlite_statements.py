@@ -36,6 +36,9 @@ UPDATE rows SET epoch = :epoch, "offset" = :offset, revision = :revision, partit
 WHERE user_id = :user_id AND checkpoint_id = :checkpoint_id AND written_ms > :expired_ms
     AND (epoch, "offset", revision) < (:epoch, :offset, :revision) {IS_FOLLOWED}
 """
+DELETE_ROW = """
+DELETE FROM rows WHERE (user_id, checkpoint_id, epoch, "offset", revision, partition) = (?, ?, ?, ?, ?, ?)
+"""
 COMMIT_POSITION = """
 INSERT INTO positions VALUES (?, ?, ?, ?)
 ON CONFLICT DO UPDATE SET epoch = excluded.epoch, "offset" = excluded."offset"

@@ -23,11 +23,20 @@ from pathlib import Path
 
 import msgspec
 
-from feature_repo.sqlite_statements import COMMIT_POSITION, IS_FOLLOWED, PUT_FIRST, PUT_NEXT, SCHEMA, SCHEMA_VERSION
+from feature_repo.sqlite_statements import (
+    COMMIT_POSITION,
+    DELETE_ROW,
+    IS_FOLLOWED,
+    PUT_FIRST,
+    PUT_NEXT,
+    SCHEMA,
+    SCHEMA_VERSION,
+)
 from feature_repo.store import Backfill, Progress, RowPut, TakeRows
 from models.errors import InputError, StoreError, UnavailableError
 from models.files import disk_error
 from models.row import RowBytes
+from models.wire import Stamp
 
 BUSY_TIMEOUT_S = 30.0
 USERS_PER_SELECT = 500  # SQLite builds before 3.32 take 999 variables
@@ -102,6 +111,13 @@ class SqliteRows:
         with self._durable_transaction() as connection:
             return connection.execute("DELETE FROM rows WHERE user_id = ?", (user_id,)).rowcount
 
+    def delete_row(self, checkpoint_id: str, user_id: str, stamp: Stamp) -> bool:
+        with self._durable_transaction() as connection:
+            place = (user_id, checkpoint_id, stamp.epoch, stamp.offset, stamp.revision, stamp.partition)
+            done = connection.execute(DELETE_ROW, place).rowcount > 0
+        self._empty_the_log()
+        return done
+
     def delete_checkpoint(self, checkpoint_id: str) -> int:
         with self._durable_transaction() as connection:
             connection.execute("DELETE FROM backfills WHERE checkpoint_id = ?", (checkpoint_id,))
@@ -163,6 +179,15 @@ class SqliteRows:
         self.close()
         for suffix in ("", "-wal", "-shm"):
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
+
+    def _empty_the_log(self) -> None:
+        """Pages as they were before a deletion stay in the write-ahead log until it is written over."""
+        connection = self._take()
+        try:
+            # Where somebody reads an old state, its end is left for the next time.
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        finally:
+            self._idle.append(connection)
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)

@@ -117,6 +117,10 @@ class RowStore(Protocol):
         """Erase the user's rows of every checkpoint; how many there were."""
         ...
 
+    def delete_row(self, checkpoint_id: str, user_id: str, stamp: Stamp) -> bool:
+        """Erase the row that has this very stamp; False where there is none, or another one by now."""
+        ...
+
     def delete_checkpoint(self, checkpoint_id: str) -> int:
         """Erase the checkpoint's rows, positions, log and backfill record; how many rows there were."""
         ...

@@ -18,11 +18,12 @@ from pyspark.sql import functions as F
 
 from feature_repo.handle import StoreHandle
 from feature_repo.store import Backfill, RowPut, bind_topic, whole_put
-from jobs.event_log import LogFacts, log_facts, read_records
+from jobs.event_log import LogFacts, forgotten_of, log_facts, read_records, without_forgotten
 from jobs.spark import errors_of_workers
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError, StoreError
 from models.event import runs
+from models.forgotten import Forgotten
 from models.row import Row, advance, new_row
 from models.wire import pack_recent
 
@@ -53,7 +54,7 @@ def backfill(
     )
     by_user = wanted.repartition("user_id").sortWithinPartitions("user_id", "offset")
     checkpoint.fold()  # refuse a missing item table here rather than on an executor
-    done = by_user.mapInArrow(_folder(checkpoint, store, (facts.epoch, revision)), DONE)
+    done = by_user.mapInArrow(_folder(checkpoint, store, (facts.epoch, revision), forgotten_of(log)), DONE)
     total = done.agg(*(F.sum(name).alias(name) for name in ("users", "events", "newer"))).collect()[0]
     expected = sum(offset + 1 for offset in cut.values()) if facts.dense else wanted.count()
     if total["events"] != expected:
@@ -105,7 +106,7 @@ def _resolve_cut(events: DataFrame, cut: Mapping[int, int] | None) -> dict[int, 
 
 
 def _folder(
-    checkpoint: Checkpoint, store: StoreHandle, epoch_and_revision: tuple[int, int]
+    checkpoint: Checkpoint, store: StoreHandle, epoch_and_revision: tuple[int, int], forgotten: Forgotten
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     path, checkpoint_id = checkpoint.path, checkpoint.checkpoint_id
 
@@ -121,7 +122,8 @@ def _folder(
                 events += batch.num_rows
                 yield batch
 
-        for user_id, row in fold_users(counted(), opened, *epoch_and_revision):
+        standing = without_forgotten(counted(), forgotten, epoch_and_revision[0])
+        for user_id, row in fold_users(standing, opened, *epoch_and_revision):
             users += 1
             chunk.append(whole_put(user_id, row))
             if len(chunk) == PUT_CHUNK:

@@ -22,6 +22,7 @@ from jobs.cli_data import app as data
 from jobs.cli_dead_letters import app as dead_letters
 from jobs.cli_doctor import doctor
 from jobs.cli_evaluate import evaluate
+from jobs.cli_forget import forget
 from jobs.cli_inspect import inspect
 from jobs.cli_options import (
     COUNT_HALF_LIVES,
@@ -58,7 +59,8 @@ app = typer.Typer(
     "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]serve[/b] (scores over HTTP). "
     "[b]rank[/b] shows one user; [b]demo[/b] goes all of it; [b]data[/b] makes logs of public data sets, "
     "[b]evaluate[/b] compares models on one, [b]inspect[/b] shows a checkpoint. "
-    "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store; [b]bench[/b] "
+    "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store; [b]forget[/b] "
+    "erases a user; [b]bench[/b] "
     "measures, [b]size[/b] tells the memory of a store.",
 )
 app.add_typer(dead_letters, name="dead-letters")
@@ -143,6 +145,7 @@ def ingest(
     say(
         f"{report.read:,} rows read: {report.appended:,} events appended, {report.already:,} already in the log, "
         f"{report.quarantined:,} quarantined"
+        + (f", {report.forgotten:,} of forgotten users" if report.forgotten else "")
     )
 
 
@@ -296,6 +299,7 @@ app.command()(evaluate)
 app.command()(inspect)
 app.command()(serve)
 app.command()(doctor)
+app.command()(forget)
 app.command()(size)
 
 

@@ -170,6 +170,8 @@ def replay(
 
     Example: vql dead-letters replay --log build/log --topic events --reason future --yes
     """
+    from feature_repo.forgotten import FORGOTTEN, ForgottenRef, read_forgotten
+    from models.forgotten import chosen_key_file
     from pipelines.dead_letters import summaries
     from pipelines.kafka_settings import kafka_settings
     from pipelines.kafka_topic import KafkaLog, open_topic
@@ -184,7 +186,10 @@ def replay(
     rows = summaries(letters, selection).to_pylist()
     sizes = [(place_of(row), row["size_bytes"]) for row in rows]
     target = open_topic(KafkaLog(kafka=kafka_settings(), topic=topic, epoch=epoch))
-    rules = Rules(now_ms=_now_ms(), again=again, force=force, future_ms_max=round(max_future * 1000))
+    forgotten = read_forgotten(ForgottenRef(path=log / FORGOTTEN, key_file=chosen_key_file()))
+    rules = Rules(
+        now_ms=_now_ms(), again=again, force=force, future_ms_max=round(max_future * 1000), forgotten=forgotten
+    )
     turn_done = replay_turn if yes else plan_turn
     decisions = [decision for turn in turns(sizes) for decision in turn_done(letters, turn, target, rules)]
     left_out = [decision for decision in decisions if decision.left_out is not None]

@@ -2,21 +2,26 @@
 
 A log is made from files, with offsets that are dense, or it is the copy of a Kafka topic, with the topic's offsets,
 which need not be: compaction, transactions and records in quarantine leave holes. A table may hold records of older
-epochs; a new epoch holds the topic anew, so nobody reads them.
+epochs; a new epoch holds the topic anew, so nobody reads them. Of a forgotten user's tombstone the place stays, a row
+with neither user nor value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
+from feature_repo.forgotten import FORGOTTEN, ForgottenRef, read_forgotten
 from jobs.spark import read_delta
 from models.errors import InputError
+from models.forgotten import Forgotten, chosen_key_file
 
 LOG_SCHEMA = (
     "epoch int, partition int, offset long, event_id string, user_id string, item_id string, action string, "
@@ -69,6 +74,22 @@ def read_records(spark: SparkSession, log: Path, version: int | None = None) -> 
     """The rows of the log's epoch, tombstones among them. Raises InputError when there is no log."""
     rows = read_delta(spark, log / "events", version)
     return rows.where(F.col("epoch") == log_facts(spark, log / "events").epoch)
+
+
+def forgotten_of(log: Path) -> Forgotten:
+    """Who was forgotten of this log, by the key that the environment names. Raises InputError as read_forgotten."""
+    return read_forgotten(ForgottenRef(path=log / FORGOTTEN, key_file=chosen_key_file()))
+
+
+def without_forgotten(batches: Iterator[pa.RecordBatch], forgotten: Forgotten, epoch: int) -> Iterator[pa.RecordBatch]:
+    """Records without those of forgotten users, should a copy have brought some back, and without blank places."""
+    for batch in batches:
+        users = batch["user_id"]
+        kept = pc.is_valid(users)
+        if forgotten:
+            place = batch["partition"].to_numpy(), batch["offset"].to_numpy()
+            kept = pc.and_(kept, pa.array(~forgotten.covered_N(users.to_pylist(), epoch, *place)))
+        yield batch.filter(kept) if forgotten or users.null_count else batch
 
 
 def read_events(spark: SparkSession, log: Path, version: int | None = None) -> DataFrame:

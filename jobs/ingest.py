@@ -14,6 +14,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import deltalake
@@ -25,10 +26,11 @@ from pyspark.sql import DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from jobs.event_log import create_log, log_facts
+from jobs.event_log import create_log, forgotten_of, log_facts
 from jobs.spark import SPARK_ERRORS, errors_of_workers, read_delta, said_by, table_version
 from models.errors import InputError
 from models.event import UNKNOWN_TIME, Event, Records, parse_batch
+from models.forgotten import FORGOTTEN_USER, Forgotten, users_of
 
 EVENT_FIELDS = tuple(f for f in Event.__struct_fields__)
 CHECKED_ARROW = pa.schema(
@@ -68,29 +70,45 @@ class NewLog:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IngestReport:
-    """Rows read = appended + already in the log + quarantined (in this run's input)."""
+    """Rows read = appended + already in the log + quarantined + of forgotten users (in this run's input)."""
 
     read: int
     appended: int
     already: int
     quarantined: int
+    forgotten: int = 0
 
 
 @errors_of_workers()
 def ingest(spark: SparkSession, source: EventSource, log: Path, new: NewLog = NewLog()) -> IngestReport:
     """Append the source's events to log/events. Raises InputError for a missing file or column."""
-    ranked = _mark_repeats(read_source(spark, source).mapInArrow(_check, from_arrow_schema(CHECKED_ARROW))).persist()
+    check = partial(_check, forgotten=forgotten_of(log))
+    ranked = _mark_repeats(read_source(spark, source).mapInArrow(check, from_arrow_schema(CHECKED_ARROW))).persist()
+    left_out = F.col("reason") == FORGOTTEN_USER
     try:
-        counts = _only_row(ranked.agg(F.count("*").alias("read"), F.count("reason").alias("bad")), source.path)
+        counts = _only_row(
+            ranked.agg(
+                F.count("*").alias("read"),
+                F.count(F.when(~left_out, 1)).alias("bad"),
+                F.count(F.when(left_out, 1)).alias("forgotten"),
+            ),
+            source.path,
+        )
         if counts["read"] == 0:
             raise InputError(f"{source.path} holds no rows; nothing was ingested")
         if counts["bad"]:
-            _quarantine(spark, ranked.where("reason IS NOT NULL"), log / "quarantine")
+            _quarantine(spark, ranked.where(~left_out), log / "quarantine")
         appended = _append(spark, ranked.where("reason IS NULL"), log / "events", new)
     finally:
         ranked.unpersist()
-    already = counts["read"] - counts["bad"] - appended
-    return IngestReport(read=counts["read"], appended=appended, already=already, quarantined=counts["bad"])
+    already = counts["read"] - counts["bad"] - counts["forgotten"] - appended
+    return IngestReport(
+        read=counts["read"],
+        appended=appended,
+        already=already,
+        quarantined=counts["bad"],
+        forgotten=counts["forgotten"],
+    )
 
 
 def read_source(spark: SparkSession, source: EventSource) -> DataFrame:
@@ -182,8 +200,11 @@ def read_files(spark: SparkSession, path: Path, format_: str) -> DataFrame:
     raise InputError(f"format {format_!r} is not known; give csv or parquet")
 
 
-def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Each row's event checked by the one contract, models.event: a batch of events, then one of rejects."""
+def _check(batches: Iterator[pa.RecordBatch], forgotten: Forgotten) -> Iterator[pa.RecordBatch]:
+    """Each row's event checked by the one contract, models.event: a batch of events, then one of rejects.
+
+    Of rows of forgotten users only that there were some is told.
+    """
     for batch in batches:
         values = [v.encode() for v in batch["value"].to_pylist()]
         sources = batch["source"]
@@ -196,6 +217,12 @@ def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             values=values,
         )
         good, rejects = parse_batch(records)
+        if forgotten:
+            gone_N = forgotten.before_N(good.user_ids, good.time_ms_N)
+            bad = [reject for reject in rejects if not _names_forgotten(reject.value, forgotten)]
+            gone = int(gone_N.sum()) + len(rejects) - len(bad)
+            good, rejects = good.where(~gone_N), bad
+            yield _checked(value=[None] * gone, reason=[FORGOTTEN_USER] * gone)
         yield _checked(
             event_id=good.event_ids,
             user_id=good.user_ids,
@@ -212,6 +239,11 @@ def _check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
                 reason=[r.reason for r in rejects],
                 detail=[r.detail for r in rejects],
             )
+
+
+def _names_forgotten(value: bytes | None, forgotten: Forgotten) -> bool:
+    """A bad row's time cannot be trusted, so whoever was forgotten once stays so in it."""
+    return bool(forgotten.before_N(users := users_of(None, value), np.zeros(len(users))).any())
 
 
 def _checked(**columns: Sequence) -> pa.RecordBatch:

@@ -129,6 +129,7 @@ def raw_users(log: Path) -> Iterator[tuple[str, pa.Table]]:
     for partition in range(int(facts["vql.partitions"])):
         wanted = [("partition", "=", partition), ("epoch", "=", int(facts["vql.epoch"]))]
         rows = table.to_pyarrow_table(filters=wanted, columns=[*columns, "offset"])
+        rows = rows.filter(rows["user_id"].is_valid())
         rows = rows.sort_by([("user_id", "ascending"), ("offset", "ascending")]).select(columns)
         users = rows["user_id"].combine_chunks().dictionary_encode()
         code_N = users.indices.to_numpy()

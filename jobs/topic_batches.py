@@ -23,8 +23,10 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from jobs.event_log import forgotten_of
 from models.errors import InputError
 from models.event import FUTURE_MS_MAX, UNKNOWN_TIME, Records, parse_batch
+from models.forgotten import ERASED, FORGOTTEN_USER, Forgotten, users_of
 
 _RECORD = [("partition", pa.int32()), ("offset", pa.int64()), ("log_time_ms", pa.int64()), ("value", pa.binary())]
 _EVENT = [
@@ -117,7 +119,13 @@ class BatchWriter:
     def _write(self, batch: DataFrame, number: int) -> None:
         started_s = time.monotonic()
         checked = batch.mapInArrow(
-            partial(_check, future_ms_max=self.source.future_ms_max), from_arrow_schema(CHECKED)
+            partial(
+                _check,
+                future_ms_max=self.source.future_ms_max,
+                forgotten=forgotten_of(self.log),
+                epoch=self.source.epoch,
+            ),
+            from_arrow_schema(CHECKED),
         ).persist()
         try:
             counts = checked.agg(F.count("*").alias("records"), F.count("reason").alias("bad")).collect()[0]
@@ -166,8 +174,13 @@ def planned_ends(checkpoint: Path, number: int, topic: str) -> dict[int, int]:
     return {int(partition): offset for partition, offset in json.loads(plan)[topic].items()}
 
 
-def _check(batches: Iterator[pa.RecordBatch], future_ms_max: int) -> Iterator[pa.RecordBatch]:
-    """Each record checked by the one contract, models.event: a batch of events, then one of rejects."""
+def _check(
+    batches: Iterator[pa.RecordBatch], future_ms_max: int, forgotten: Forgotten, epoch: int
+) -> Iterator[pa.RecordBatch]:
+    """Each record checked by the one contract, models.event: a batch of events, then one of rejects.
+
+    A forgotten user's records up to the request become rejects without their bytes, tombstones places without a user.
+    """
     for batch in batches:
         # Partitions are mixed here, so the place in the batch stands for the offset.
         records = Records(
@@ -189,11 +202,37 @@ def _check(batches: Iterator[pa.RecordBatch], future_ms_max: int) -> Iterator[pa
             "weight": good.weight_N.astype(np.float64),
         }
         told = {name: pc.if_else(erases, None, pa.array(column)) for name, column in told.items()}
-        yield _checked(taken, user_id=good.user_ids, **told)
+        users = pa.array(good.user_ids, pa.string())
+        if forgotten:
+            gone_N = forgotten.covered_N(
+                good.user_ids, epoch, taken["partition"].to_numpy(), taken["offset"].to_numpy()
+            )
+            users = pc.if_else(pa.array(gone_N), None, users)
+            kept = pc.or_(erases, pa.array(~gone_N))
+            yield _blanked(taken.filter(pc.invert(kept)))
+            taken, users = taken.filter(kept), users.filter(kept)
+            told = {name: column.filter(kept) for name, column in told.items()}
+        yield _checked(taken, user_id=users, **told)
         if rejects:
             taken = batch.take(pa.array([reject.offset for reject in rejects]))
             reasons, details = [reject.reason for reject in rejects], [reject.detail for reject in rejects]
-            yield _checked(taken, key=taken["key"], reason=reasons, detail=details)
+            bad = _checked(taken, key=taken["key"], reason=reasons, detail=details)
+            gone = pa.array([_is_forgotten(row, forgotten, epoch) for row in taken.to_pylist()], pa.bool_())
+            yield _blanked(taken.filter(gone))
+            yield bad.filter(pc.invert(gone))
+
+
+def _is_forgotten(record: dict, forgotten: Forgotten, epoch: int) -> bool:
+    place = epoch, record["partition"], record["offset"]
+    users = users_of(record["key"], record["value"]) if forgotten else []
+    return any(request.covers(*place) for user_id in users for request in forgotten.of(user_id))
+
+
+def _blanked(records: pa.RecordBatch) -> pa.RecordBatch:
+    """Their places, and nothing that was in them."""
+    count = records.num_rows
+    blank = pa.nulls(count, pa.binary())
+    return _checked(records, value=blank, reason=[FORGOTTEN_USER] * count, detail=[ERASED] * count)
 
 
 def _checked(records: pa.RecordBatch, **columns: object) -> pa.RecordBatch:

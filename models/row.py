@@ -147,10 +147,11 @@ class Fold:
 
 def new_row(spec: CacheSpec, epoch: int, partition: int, revision: int = 0) -> Row:
     """A user of whom nothing is known: complete up to the position before the first."""
-    return _empty_row(spec, Stamp(epoch=epoch, partition=partition, offset=-1, revision=revision))
+    return empty_row(spec, Stamp(epoch=epoch, partition=partition, offset=-1, revision=revision))
 
 
-def _empty_row(spec: CacheSpec, stamp: Stamp) -> Row:
+def empty_row(spec: CacheSpec, stamp: Stamp) -> Row:
+    """The row of a user of whom nothing at or below the stamp counts."""
     return Row(
         spec=spec,
         folded_data=encode_folded(empty(spec), stamp),
@@ -214,7 +215,7 @@ def advance_users(
     for u in np.flatnonzero(accepted.erased_U).tolist():
         tombstone = end_U[u] - added_U[u] - accepted.repeated_U[u] - 1
         at = _at(position, int(event_N["position"][tombstone]) >> 16, rows[u].stamp.revision)
-        results[u] = bases[u] = _empty_row(using.spec, at)
+        results[u] = bases[u] = empty_row(using.spec, at)
     columns = zip(bases, added_U.tolist(), last_U.tolist(), [0, *ends], ends, strict=False)
     for u, (base, added, last, start, end) in enumerate(columns):
         if added:
@@ -281,6 +282,12 @@ def encode_row(row: Row) -> RowBytes:
     """The row as the store keeps it."""
     (recent,) = encode_recents(row.spec.checkpoint_id, [row.stamp], [row.recent_data])
     return RowBytes(folded=row.folded_data, recent=recent)
+
+
+def erased_row(checkpoint_id: str, stamp: Stamp) -> RowBytes:
+    """An empty row's bytes, for who has no checkpoint at hand: without entries they are the same for all sizes."""
+    spec = CacheSpec(checkpoint_id=checkpoint_id, groups=1, codewords=1, value_width=1, rate_HR=np.zeros((1, 1)))
+    return encode_row(empty_row(spec, stamp))
 
 
 def decode_row(data: RowBytes, spec: CacheSpec) -> Row:

@@ -154,6 +154,10 @@ class DeltaReader(UnboundedReader):
         if until <= self._offset:
             return
         rows = self._read(until)
+        if rows.num_rows:
+            last, rows = int(rows["offset"][-1].as_py()), rows.filter(_names_a_user(rows))
+            if not rows.num_rows:
+                self._offset = last
         for start in range(0, rows.num_rows, self._source.batch_size):
             yield self._records(rows.slice(start, self._source.batch_size))
 
@@ -212,6 +216,11 @@ class DeltaReader(UnboundedReader):
                 f"log {self._source.path} cannot be read at partition {self._partition}, offsets {after + 1} to "
                 f"{until}: {error}; restore its files, or ingest again"
             ) from error
+
+
+def _names_a_user(rows: pa.Table) -> pa.ChunkedArray:
+    """False for what is left of a tombstone when its user is forgotten: a place without user and value."""
+    return pc.or_(pc.is_valid(rows["user_id"]), pc.is_valid(rows["value"]))
 
 
 def _tombstone_keys(user_ids: pa.ChunkedArray) -> list[bytes | None]:

@@ -13,9 +13,12 @@ import apache_beam as beam
 import structlog
 from apache_beam.metrics import Metrics
 
+from feature_repo.forgotten import ForgottenRef
+from models.forgotten import NOBODY_FORGOTTEN
 from pipelines.dead_letter_topic import DeadLetterTopic, LetterSender
-from pipelines.dead_letters import DeadLetter, words, write_dead_letters
+from pipelines.dead_letters import DeadLetter, is_forgotten, words, write_dead_letters
 from pipelines.held_letters import held_letters
+from pipelines.worker import opened_forgotten
 
 
 @dataclass(kw_only=True, slots=True)
@@ -28,10 +31,16 @@ class Kept:
 
 
 class LetterKeeper:
-    """Writes letters to the table, to the topic, or to both. `source`: the topic or log that they come from."""
+    """Writes letters to the table, to the topic, or to both. `source`: the topic or log that they come from.
 
-    def __init__(self, table: Path, topic: DeadLetterTopic | None = None, source: str = "") -> None:
+    Of a forgotten user only the place and the reason are kept.
+    """
+
+    def __init__(
+        self, table: Path, topic: DeadLetterTopic | None = None, source: str = "", forgotten: ForgottenRef | None = None
+    ) -> None:
         self._table = table
+        self._forgotten = None if forgotten is None else opened_forgotten(forgotten)
         self._topic = topic
         self._source = source
         # Opened by the first letter: most streams meet none for long.
@@ -44,6 +53,8 @@ class LetterKeeper:
         return kept
 
     def _keep(self, letters: list[DeadLetter], kept: Kept) -> None:
+        known = NOBODY_FORGOTTEN if self._forgotten is None else self._forgotten.known
+        letters = [letter.erased() if is_forgotten(letter, known) else letter for letter in letters]
         refused = self._send(letters, kept)
         alone = self._topic is not None and self._topic.alone
         kept.dead_letters += write_dead_letters(self._table, refused if alone else letters)
@@ -72,9 +83,14 @@ class KeepDeadLetters(beam.DoFn):
     """Keeps letters at the end of the first bundle that ends held_s after them."""
 
     def __init__(
-        self, table: Path, topic: DeadLetterTopic | None = None, source: str = "", held_s: float = 0.0
+        self,
+        table: Path,
+        topic: DeadLetterTopic | None = None,
+        source: str = "",
+        held_s: float = 0.0,
+        forgotten: ForgottenRef | None = None,
     ) -> None:
-        self._made = (table, topic, source)
+        self._made = (table, topic, source, forgotten)
         self._held_s = held_s
         self._counters = {name: Metrics.counter("vql", name) for name in Kept.__dataclass_fields__}
 

@@ -22,8 +22,18 @@ from confluent_kafka import KafkaError, Message
 
 from models.errors import StoreError
 from models.event import FUTURE_MS_MAX, Records, parse_batch
+from models.forgotten import ERASED, NOBODY_FORGOTTEN, Forgotten
 from pipelines.dead_letter_topic import DELIVERY_WAIT_S, open_producer
-from pipelines.dead_letters import DeadLetter, Position, Selection, merge, read_dead_letters, read_rows, words
+from pipelines.dead_letters import (
+    DeadLetter,
+    Position,
+    Selection,
+    is_forgotten,
+    merge,
+    read_dead_letters,
+    read_rows,
+    words,
+)
 from pipelines.kafka_topic import Topic
 
 REPLAY_OF = "vql-replay-of"
@@ -59,13 +69,14 @@ class Replay:
 class Rules:
     """again: replay what was replayed. force: replay what would be refused once more. now_ms: the wall clock.
 
-    future_ms_max: as models.event.parse_batch says.
+    future_ms_max: as models.event.parse_batch says. forgotten: users whose letters are never replayed.
     """
 
     now_ms: int
     again: bool = False
     force: bool = False
     future_ms_max: int = FUTURE_MS_MAX
+    forgotten: Forgotten = NOBODY_FORGOTTEN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,7 +134,9 @@ def refusal(letter: DeadLetter, now_ms: int, future_ms_max: int = FUTURE_MS_MAX)
 def decide(letter: DeadLetter, topic: Topic, replay: Replay | None, rules: Rules) -> Decision:
     """Whether to replay a letter to the topic."""
     left_out = None
-    if letter.epoch != topic.epoch:
+    if letter.detail == ERASED or is_forgotten(letter, rules.forgotten):
+        left_out = ERASED
+    elif letter.epoch != topic.epoch:
         left_out = (
             f"of epoch {letter.epoch}; its partition in epoch {topic.epoch} is not known: let its producer send it"
         )

@@ -19,10 +19,12 @@ from apache_beam.io.unbounded_source import ReadFromUnboundedSource, UnboundedSo
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.runner import PipelineResult
 
+from feature_repo.forgotten import FORGOTTEN, ForgottenRef, read_forgotten
 from feature_repo.store import bind_topic
 from models.checkpoint import open_checkpoint
 from models.errors import InputError, StoreError
 from models.event import FUTURE_MS_MAX
+from models.forgotten import chosen_key_file
 from pipelines.dead_letter_topic import DeadLetterTopic
 from pipelines.delta_source import DeltaSource, open_log
 from pipelines.drain import drained_by_signals
@@ -69,6 +71,11 @@ class StreamPlan:
     batch_size: int = 10_000
     bundle_s: float = 2.0
     poll_s: float = 0.1
+
+    @property
+    def forgotten(self) -> ForgottenRef:
+        """The list of forgotten users, beside the log's tables; the key is the one that this environment names."""
+        return ForgottenRef(path=self.log_path.with_name(FORGOTTEN), key_file=chosen_key_file())
 
     @property
     def source_name(self) -> str:
@@ -125,12 +132,14 @@ def build(
         | "Read" >> ReadFromUnboundedSource(source, plan.poll_s, max_read_time_seconds=bundle_share_s(source, plan))
         | "Parse" >> beam.ParDo(ParseRecords(plan.future_ms_max)).with_outputs(LETTERS, main="events")
     )
-    keep = KeepDeadLetters(plan.dead_letters_path, plan.dead_letters_topic, plan.source_name, letters_held_s)
+    keep = KeepDeadLetters(
+        plan.dead_letters_path, plan.dead_letters_topic, plan.source_name, letters_held_s, plan.forgotten
+    )
     parsed[LETTERS] | "KeepDeadLetters" >> beam.ParDo(keep)
     (
         parsed["events"]
         | "Encode" >> beam.ParDo(EncodeEvents(checkpoint))
-        | "Update" >> beam.ParDo(UpdateRows(checkpoint, plan.store, plan.row_cache_bytes))
+        | "Update" >> beam.ParDo(UpdateRows(checkpoint, plan.store, plan.row_cache_bytes, plan.forgotten))
     )
 
 
@@ -144,6 +153,8 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS, watch: Watc
     checkpoint = CheckpointRef(
         path=plan.checkpoint_path, checkpoint_id=open_checkpoint(plan.checkpoint_path).checkpoint_id
     )
+    # Before anything is read: without the list or its key it would bring back who was forgotten.
+    read_forgotten(plan.forgotten)
     source = resolve(plan, checkpoint.checkpoint_id)
     _check_dead_letters_topic(plan)
     log = structlog.get_logger()
@@ -161,7 +172,9 @@ def run(plan: StreamPlan, pipeline_args: Sequence[str] = IN_PROCESS, watch: Watc
     health = Health(metrics=metrics, store=plan.store, checkpoint_id=checkpoint.checkpoint_id, started_s=time.time())
     with watched(watch, health), drained_by_signals(watch.drain_s):
         counts = _counts(run_job(pipeline))
-        last = LetterKeeper(plan.dead_letters_path, plan.dead_letters_topic, plan.source_name).keep_held()
+        last = LetterKeeper(
+            plan.dead_letters_path, plan.dead_letters_topic, plan.source_name, plan.forgotten
+        ).keep_held()
         if isinstance(source, KafkaSource):
             source.close()
     seconds, (busy_s, busy_cpu_s) = time.monotonic() - started_s, metrics.busy()

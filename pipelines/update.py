@@ -13,19 +13,30 @@ from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import apache_beam as beam
+import msgspec
 import numpy as np
 import pyarrow as pa
 from apache_beam.metrics import Metrics
 
+from feature_repo.forgotten import ForgottenRef
 from feature_repo.store import RowStore, row_puts
 from models.errors import InputError, StoreError, TableBehindError, WireError
-from models.row import Advanced, Fold, Row, advance, advance_users, decode_row, new_row
+from models.forgotten import NOBODY_FORGOTTEN, Forgotten
+from models.row import Advanced, Fold, Row, advance, advance_users, decode_row, empty_row, new_row
 from models.wire import Stamp
 from pipelines.encode import EncodedBatch
 from pipelines.metrics import process_metrics
 from pipelines.patient_rows import PatientRows
 from pipelines.row_cache import ROW_CACHE_BYTES, RowCache
-from pipelines.worker import CheckpointRef, RowsHandle, opened_checkpoint, opened_row_cache, opened_rows, stop_requested
+from pipelines.worker import (
+    CheckpointRef,
+    RowsHandle,
+    opened_checkpoint,
+    opened_forgotten,
+    opened_row_cache,
+    opened_rows,
+    stop_requested,
+)
 
 TRIES = 20
 
@@ -69,8 +80,14 @@ class UsersEvents(NamedTuple):
         return UsersEvents([self.user_ids[u] for u in places], np.concatenate(events), np.cumsum([*map(len, events)]))
 
 
-def update_rows(rows: RowStore, using: Fold, batch: EncodedBatch, cache: RowCache | None = None) -> UpdateCounts:
-    """Bring the rows of the batch's users up to the batch.
+def update_rows(
+    rows: RowStore,
+    using: Fold,
+    batch: EncodedBatch,
+    cache: RowCache | None = None,
+    forgotten: Forgotten = NOBODY_FORGOTTEN,
+) -> UpdateCounts:
+    """Bring the rows of the batch's users up to the batch. Of a forgotten user without a row, what is later begins one.
 
     Raises WireError for a damaged stored row, InputError for a user whose row another partition wrote, StoreError
     when other writers were first TRIES times, TableBehindError when a row holds an item that the table lacks.
@@ -89,7 +106,10 @@ def update_rows(rows: RowStore, using: Fold, batch: EncodedBatch, cache: RowCach
         for u, row in zip(lacking, _read(rows, [waiting.user_ids[u] for u in lacking], using), strict=True):
             stored[u] = row
         _refuse_moved(waiting.user_ids, stored, position)
-        before = [row or nobody for row in stored]
+        before = [
+            row or _begun(nobody, forgotten.offset(user_id, batch.epoch, batch.partition))
+            for user_id, row in zip(waiting.user_ids, stored, strict=True)
+        ]
         after, *left = _advance(waiting, before, position, using)
         changed = [u for u, row in enumerate(after) if row is not before[u]]
         puts = row_puts(*([column[u] for u in changed] for column in (waiting.user_ids, after, stored)))
@@ -127,6 +147,13 @@ def by_user(batch: EncodedBatch) -> UsersEvents:
     code_N = users.indices.to_numpy()
     order_N = np.argsort(code_N, kind="stable")
     return UsersEvents(users.dictionary.to_pylist(), batch.recent[order_N], np.cumsum(np.bincount(code_N)))
+
+
+def _begun(nobody: Row, forgotten_offset: int) -> Row:
+    """What a user without a row begins from: everything up to the offset is forgotten, as a tombstone's row says."""
+    if forgotten_offset < 0:
+        return nobody
+    return empty_row(nobody.spec, msgspec.structs.replace(nobody.stamp, offset=forgotten_offset))
 
 
 def _read(rows: RowStore, user_ids: Sequence[str], using: Fold) -> list[Row | None]:
@@ -174,8 +201,15 @@ def _refuse_moved(user_ids: Sequence[str], rows: Sequence[Row | None], position:
 class UpdateRows(beam.DoFn):
     """`update_rows` with the store, the row cache and the checkpoint of this process."""
 
-    def __init__(self, checkpoint: CheckpointRef, store: RowsHandle, row_cache_bytes: int = ROW_CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        checkpoint: CheckpointRef,
+        store: RowsHandle,
+        row_cache_bytes: int = ROW_CACHE_BYTES,
+        forgotten: ForgottenRef | None = None,
+    ) -> None:
         self._ref = checkpoint
+        self._forgotten_ref = forgotten
         self._store = store
         self._row_cache_bytes = row_cache_bytes
         self._counters = {name: Metrics.counter("vql", name) for name in COUNTED}
@@ -186,13 +220,15 @@ class UpdateRows(beam.DoFn):
         self._cache = opened_row_cache(self._store, self._ref.checkpoint_id, self._row_cache_bytes)
         self._rows = PatientRows(opened_rows(self._store), stop_requested)
         self._metrics = process_metrics()
+        self._forgotten = None if self._forgotten_ref is None else opened_forgotten(self._forgotten_ref)
 
     def process(self, batch: EncodedBatch) -> Iterator[UpdateCounts]:
+        forgotten = NOBODY_FORGOTTEN if self._forgotten is None else self._forgotten.known
         try:
-            counts = update_rows(self._rows, self._opened.fold, batch, self._cache)
+            counts = update_rows(self._rows, self._opened.fold, batch, self._cache, forgotten)
         except TableBehindError:
             # Another writer met an item that was encoded since this process looked last.
-            counts = update_rows(self._rows, self._opened.reload(), batch, self._cache)
+            counts = update_rows(self._rows, self._opened.reload(), batch, self._cache, forgotten)
         counts, self._rows.retries = replace(counts, retries=self._rows.retries), 0
         for name, counter in self._counters.items():
             counter.inc(getattr(counts, name))

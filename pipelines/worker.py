@@ -16,6 +16,7 @@ from typing import Protocol
 
 import structlog
 
+from feature_repo.forgotten import ForgottenRef, WatchedForgotten
 from feature_repo.opened import Opened
 from feature_repo.store import RowStore
 from models.checkpoint import open_checkpoint
@@ -63,6 +64,12 @@ def opened_row_cache(handle: RowsHandle, checkpoint_id: str, bytes_max: int) -> 
     return RowCache(bytes_max)
 
 
+@lru_cache(maxsize=1)
+def opened_forgotten(ref: ForgottenRef) -> WatchedForgotten:
+    """The list of forgotten users, looked at every few seconds."""
+    return WatchedForgotten(ref)
+
+
 def log_to_standard_error() -> None:
     """Where structlog's lines go in a process that nobody configured, as are the workers of Beam's pool.
 
@@ -77,5 +84,6 @@ def forget_opened() -> None:
     opened_rows.cache_clear()
     opened_checkpoint.cache_clear()
     opened_row_cache.cache_clear()
+    opened_forgotten.cache_clear()
     held_letters.cache_clear()
     stop_requested.clear()

@@ -1,0 +1,119 @@
+"""The command `vql forget`: erases a user everywhere, or shows what is left of one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from jobs.cli_options import Log, State
+from models.errors import InputError
+
+if TYPE_CHECKING:
+    from jobs.forget import Outcome, Places
+
+LEFT = 7
+out = Console(highlight=False)
+
+
+def forget(
+    user: Annotated[str, typer.Argument(help="The user id; - reads it from standard input, so that no one sees it.")],
+    log: Log,
+    state: State,
+    topic: Annotated[
+        str | None, typer.Option(help="The Kafka topic that the log is the copy of, at VQL_KAFKA_BOOTSTRAP_SERVERS.")
+    ] = None,
+    epoch: Annotated[int, typer.Option(min=1, help="The topic's epoch, as for vql stream.")] = 1,
+    retain: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Hours for which running readers and writers may need old files and the fence of the empty row. "
+            "0 only where none runs that began before.",
+        ),
+    ] = 168,
+    again: Annotated[
+        bool, typer.Option("--again", help="Ask anew: the user came back after an earlier request.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what there is; nothing is changed.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Search every store byte by byte, and fail if anything is left.")
+    ] = False,
+    also: Annotated[
+        list[Path], typer.Option(resolve_path=True, help="With --verify: a further folder (--work of vql train).")
+    ] = [],
+) -> None:
+    """Erase a user from the log, its tables, dead letters and the rows of every checkpoint, and keep it so.
+
+    Everything at or below the position of a tombstone is forgotten: ingest, stream, backfill and replays leave it out
+    from now on, known by a keyed hash (VQL_FORGET_KEY_FILE: a file of at least 32 random bytes, never to be lost).
+    What the user does afterwards is a new beginning. What others may still be reading goes with the first run after
+    --retain hours; a second run goes on with the same request. Kill it at will.
+
+    Exit codes: 0 done, or --verify found nothing; 7 something is left, which is said with its remedy.
+
+    Example: vql forget - --log build/log --state build/state --topic events < id.txt
+    """
+    from jobs.forget import forget as run
+    from jobs.forget import plan
+
+    user_id = _read_id(user)
+    places = _places(log, state, topic, epoch, also)
+    if verify:
+        _show_left(places, user_id)
+        return
+    outcome = plan(places, user_id) if dry_run else run(places, user_id, retain * 3600.0, again)
+    _show(outcome, dry_run)
+    if outcome.remains:
+        raise typer.Exit(LEFT)
+
+
+def _read_id(user: str) -> str:
+    user_id = sys.stdin.read().rstrip("\r\n") if user == "-" else user
+    if not user_id:
+        raise InputError("no user id was given")
+    return user_id
+
+
+def _places(log: Path, state: Path, topic: str | None, epoch: int, also: list[Path]) -> Places:
+    from feature_repo.handle import StoreHandle
+    from jobs.forget import Places
+    from models.forgotten import KEY_VARIABLE, chosen_key_file
+    from pipelines.kafka_settings import kafka_settings
+    from pipelines.kafka_topic import KafkaLog
+    from pipelines.tombstones import TopicOfUsers
+
+    key_file = chosen_key_file()
+    if key_file is None:
+        raise InputError(f"{KEY_VARIABLE} is not set: name a file of at least 32 random bytes, and keep it")
+    named = None
+    if topic is not None:
+        named = TopicOfUsers(source=KafkaLog(kafka=kafka_settings(), topic=topic, epoch=epoch))
+    rows = StoreHandle(state=state).open()
+    return Places(log=log, state=state, rows=rows, key_file=key_file, topic=named, folders=also)
+
+
+def _show(outcome: Outcome, dry_run: bool) -> None:
+    for request in outcome.requests:
+        out.print(f"forgotten up to {request.epoch}:{request.partition}:{request.offset} (epoch, partition, offset)")
+    found = ", ".join(f"{count:,} {name}" for name, count in outcome.counts.items() if count) or "nothing"
+    out.print(f"{'there is' if dry_run else 'done'}: {found}", soft_wrap=True)
+    for each in outcome.remains:
+        out.print(f"remains: {each}", soft_wrap=True)
+
+
+def _show_left(places: Places, user_id: str) -> None:
+    from jobs.forget import verify
+
+    left = 0
+    for found in verify(places, user_id):
+        left += 1
+        # Text, because names of files and keys may hold what the console takes for markup.
+        out.print(Text(f"left: {found.where}: {found.what}; {found.remedy}"), soft_wrap=True)
+    if left:
+        raise typer.Exit(LEFT)
+    out.print("nothing is left")
