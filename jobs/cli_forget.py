@@ -46,6 +46,7 @@ def forget(
     also: Annotated[
         list[Path], typer.Option(resolve_path=True, help="With --verify: a further folder (--work of vql train).")
     ] = [],
+    also_topic: Annotated[list[str], typer.Option(help="With --verify: a further topic, as of dead letters.")] = [],
 ) -> None:
     """Erase a user from the log, its tables, dead letters and the rows of every checkpoint, and keep it so.
 
@@ -62,7 +63,7 @@ def forget(
     from jobs.forget import plan
 
     user_id = _read_id(user)
-    places = _places(log, state, topic, epoch, also)
+    places = _places(log, state, (topic, epoch), also, also_topic)
     if verify:
         _show_left(places, user_id)
         return
@@ -79,7 +80,7 @@ def _read_id(user: str) -> str:
     return user_id
 
 
-def _places(log: Path, state: Path, topic: str | None, epoch: int, also: list[Path]) -> Places:
+def _places(log: Path, state: Path, topic: tuple[str | None, int], also: list[Path], also_topic: list[str]) -> Places:
     from feature_repo.handle import StoreHandle
     from jobs.forget import Places
     from models.forgotten import KEY_VARIABLE, chosen_key_file
@@ -90,11 +91,20 @@ def _places(log: Path, state: Path, topic: str | None, epoch: int, also: list[Pa
     key_file = chosen_key_file()
     if key_file is None:
         raise InputError(f"{KEY_VARIABLE} is not set: name a file of at least 32 random bytes, and keep it")
-    named = None
-    if topic is not None:
-        named = TopicOfUsers(source=KafkaLog(kafka=kafka_settings(), topic=topic, epoch=epoch))
-    rows = StoreHandle(state=state).open()
-    return Places(log=log, state=state, rows=rows, key_file=key_file, topic=named, folders=also)
+
+    def opened(name: str, epoch: int = 1) -> TopicOfUsers:
+        return TopicOfUsers(source=KafkaLog(kafka=kafka_settings(), topic=name, epoch=epoch))
+
+    name, epoch = topic
+    return Places(
+        log=log,
+        state=state,
+        rows=StoreHandle(state=state).open(),
+        key_file=key_file,
+        topic=None if name is None else opened(name, epoch),
+        folders=also,
+        topics=[opened(each) for each in also_topic],
+    )
 
 
 def _show(outcome: Outcome, dry_run: bool) -> None:

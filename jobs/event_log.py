@@ -89,7 +89,9 @@ def without_forgotten(batches: Iterator[pa.RecordBatch], forgotten: Forgotten, e
         if forgotten:
             place = batch["partition"].to_numpy(), batch["offset"].to_numpy()
             kept = pc.and_(kept, pa.array(~forgotten.covered_N(users.to_pylist(), epoch, *place)))
-        yield batch.filter(kept) if forgotten or users.null_count else batch
+        standing = batch.filter(kept) if forgotten or users.null_count else batch
+        if standing.num_rows:
+            yield standing
 
 
 def read_events(spark: SparkSession, log: Path, version: int | None = None) -> DataFrame:

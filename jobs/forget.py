@@ -74,7 +74,7 @@ class Places:
     """Where users are: the log's folder, the online store, the topic (None: the log was made from files).
 
     state: the folder of the embedded store and of Feast's registry. key_file: of the keyed hash. folders: others that
-    hold examples and the like, which are looked through.
+    hold examples and the like, and topics: others, with dead letters, which are looked through.
     """
 
     log: Path
@@ -83,6 +83,7 @@ class Places:
     key_file: Path
     topic: UsersTopic | None = None
     folders: Sequence[Path] = ()
+    topics: Sequence[UsersTopic] = ()
 
     @property
     def ref(self) -> ForgottenRef:
@@ -150,8 +151,8 @@ def verify(places: Places, user_id: str) -> Iterator[Found]:
     yield from scan_folder(places.log, user_id, f"{AGAIN}, when what readers may need is no longer retained")
     for folder in places.folders:
         yield from scan_folder(folder, user_id, "delete this folder: a training makes its examples anew from the log")
-    if places.topic is not None:
-        yield from _topic_holds(places.topic, user_id)
+    for topic in ([] if places.topic is None else [places.topic]) + list(places.topics):
+        yield from _topic_holds(topic, user_id)
 
 
 def _check(places: Places, user_id: str) -> None:

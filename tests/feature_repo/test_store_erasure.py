@@ -15,6 +15,20 @@ def test_a_deleted_user_is_gone_from_every_checkpoint_and_nobody_else_is(store):
         assert store.get_rows(checkpoint_id, ["u", "v"]) == [None, bytes_of(whole("v", stamp(1)))]
 
 
+def test_a_row_is_deleted_only_as_it_was_seen(store):
+    for checkpoint_id in (A, B):
+        store.put_rows(checkpoint_id, [whole("u", stamp(1)), whole("v", stamp(1))])
+    assert [store.delete_row(A, "u", other) for other in (stamp(2), stamp(1, revision=1), stamp(1, partition=1))] == [
+        False,
+        False,
+        False,
+    ]
+    assert store.delete_row(A, "u", stamp(1)) is True
+    assert store.delete_row(A, "u", stamp(1)) is False
+    assert store.get_rows(A, ["u", "v"]) == [None, bytes_of(whole("v", stamp(1)))]
+    assert (store.count_rows(A), store.count_rows(B)) == (1, 2)
+
+
 def test_a_deleted_user_can_begin_again_at_any_stamp(store):
     store.put_rows(A, [whole("u", stamp(9))])
     store.delete_user("u")
