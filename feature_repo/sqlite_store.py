@@ -186,8 +186,10 @@ class SqliteRows:
         try:
             # Where somebody reads an old state, its end is left for the next time.
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        finally:
-            self._idle.append(connection)
+        except sqlite3.Error as error:
+            connection.close()
+            raise _explained(error, self.path) from error
+        self._idle.append(connection)
 
     def _now_ms(self) -> int:
         return int(self._clock() * 1000)

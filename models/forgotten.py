@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool
 
 from models.errors import InputError
 
@@ -72,7 +72,7 @@ class Forgotten:
         return max(here, default=-1)
 
     def covered_N(
-        self, user_ids: Sequence[str | None], epoch: int, partition_N: Int64[np.ndarray, "N"], offset_N: np.ndarray
+        self, user_ids: Sequence[str | None], epoch: int, partition_N: np.ndarray, offset_N: np.ndarray
     ) -> Bool[np.ndarray, "N"]:
         """Which records are forgotten; one without a user is none."""
         covered_N = np.zeros(len(user_ids), bool)
