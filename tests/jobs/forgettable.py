@@ -119,12 +119,13 @@ def add_letters(path: Path) -> None:
     write_deltalake(path / "quarantine", pa.Table.from_pylist(rows))
 
 
-def fill(rows: RowStore, checkpoint: Checkpoint, events: Sequence[Event]) -> None:
+def fill(rows: RowStore, checkpoint: Checkpoint, events: Sequence[Event], log: Path) -> None:
     """Every user's row, and the record of a backfill up to the log's end."""
     wanted = plain_rows(checkpoint, events)
     rows.put_rows(checkpoint.checkpoint_id, [whole_put(user_id, row) for user_id, row in wanted.items()])
     cut = {p: sum(partition_of(event) == p for event in events) - 1 for p in range(2)}
-    record = Backfill(epoch=1, cut=cut, users=len(wanted), events=len(events), log="l")
+    log_id = str(DeltaTable(log / "events").metadata().id)
+    record = Backfill(epoch=1, cut=cut, users=len(wanted), events=len(events), log=str(log), log_id=log_id)
     rows.record_backfill(checkpoint.checkpoint_id, record)
 
 

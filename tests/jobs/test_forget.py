@@ -61,7 +61,7 @@ def scene(tmp_path: Path, key_file: Path) -> Scene:
     state.mkdir()
     rows = StoreHandle(state=state, redis=None).open()
     for checkpoint in checkpoints:
-        fill(rows, checkpoint, events)
+        fill(rows, checkpoint, events, log)
     rows.close()
     assert traces(log)
     assert traces(state)
@@ -129,7 +129,7 @@ def test_in_redis_too(scene: Scene, key_file: Path, tmp_path: Path) -> None:
     with running_redis(tmp_path / "redis") as server, server.client() as client:
         store = StoreHandle(state=scene.state, redis=RedisSettings(url=server.url)).open()
         for checkpoint in scene.checkpoints:
-            fill(store, checkpoint, scene.events)
+            fill(store, checkpoint, scene.events, scene.log)
         where, before = places(scene, key_file, store), others_rows(scene, store)
         assert len(redis_traces(client)) == 4, "a row and an index of each checkpoint"
         assert sum("Redis" in found.where for found in verify(where, WHO)) == 4
