@@ -168,11 +168,12 @@ def _request(places: Places, user_id: str, now_ms: int) -> list[Request]:
     events, topic = places.log / "events", places.topic
     table = DeltaTable(events) if DeltaTable.is_deltatable(str(events)) else None
     facts = {} if table is None else table.metadata().configuration
-    if topic is None:
-        if table is None:
-            raise InputError(f"there is no table of events in {places.log}; name the --topic that the stream reads")
-        if "vql.topic_id" in facts:
-            raise InputError(f"{events} is the copy of topic {facts.get('vql.topic')}: give it by --topic")
+    if topic is None and table is None:
+        raise InputError(f"there is no table of events in {places.log}; name the --topic that the stream reads")
+    copied, named = facts.get("vql.topic"), None if topic is None else topic.name
+    if table is not None and copied != named:
+        made_from = "files: give no --topic" if copied is None else f"topic {copied}: give that by --topic"
+        raise InputError(f"{events} was made from {made_from}")
     epoch = int(facts["vql.epoch"]) if topic is None else topic.epoch
     in_log = [] if table is None else partitions_of(events, user_id, epoch)
     found = in_log or partitions_of_rows(places.rows, user_id, epoch)

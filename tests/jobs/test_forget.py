@@ -271,9 +271,13 @@ def test_a_dry_run_changes_nothing(vql, scene: Scene, key_file: Path, monkeypatc
     assert plan(places(scene, key_file), "nobody").counts["rows"] == 0
 
 
-def test_without_a_key_or_a_log_it_is_refused_on_one_line(vql, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_key_or_the_right_log_it_is_refused_on_one_line(
+    vql, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = ("forget", WHO, "--state", scene.state, "--log")
     assert_one_line(vql(*asked, scene.log / "none"), 2, "there is no log at")
+    monkeypatch.setenv("VQL_KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
+    assert_one_line(vql(*asked, scene.log, "--topic", "t"), 2, "was made from files: give no --topic")
     monkeypatch.delenv(KEY_VARIABLE)
     assert_one_line(vql(*asked, scene.log), 2, KEY_VARIABLE)
 
