@@ -29,7 +29,7 @@ from pipelines.kafka_settings import kafka_settings
 from pipelines.kafka_topic import KafkaLog
 from pipelines.stream import StreamPlan, run
 from pipelines.tombstones import TopicOfUsers
-from tests.jobs.forgettable import NEARLY, SCHEMA, WHO, put_events, redis_traces, some_events, traces
+from tests.jobs.forgettable import NEARLY, SCHEMA, WHO, fill, make_log, put_events, redis_traces, some_events, traces
 from tests.jobs.tiny import logged, take
 from tests.jobs.topics import held, keyed, take_topic
 from tests.kafka_broker import Broker
@@ -222,47 +222,48 @@ def test_an_ingest_that_lags_leaves_the_user_out_and_counts_every_record(
 
 
 @pytest.mark.spark
-def test_files_that_are_ingested_again_and_a_backfill_bring_nothing_back(spark, tmp_path: Path, key_file: Path) -> None:
+def test_files_that_are_ingested_again_bring_back_nothing_but_what_happened_later(
+    spark, tmp_path: Path, key_file: Path
+) -> None:
     log, rows = tmp_path / "log", [msgspec.structs.asdict(event) for event in some_events()]
     mine = sum(row["user_id"] == WHO for row in rows)
     bad = [row | {"event_id": f"bad{n}", "event_time_ms": 5} for n, row in enumerate(rows[:40])]
     take(spark, rows + bad, log)
-    (tmp_path / "log.parquet").unlink()
-    checkpoint = small_checkpoint(tmp_path / "checkpoint")
     (tmp_path / "state").mkdir()
-    store = StoreHandle(state=tmp_path / "state", redis=None)
-    backfill(spark, checkpoint, log, store)
-    opened, users = store.open(), sorted({row["user_id"] for row in rows} - {WHO})
-    before = {u: decode_row(d, checkpoint.spec).recent_data for u, d in rows_of(opened, checkpoint, users).items()}
+    opened = StoreHandle(state=tmp_path / "state", redis=None).open()
     where = Places(log=log, state=tmp_path / "state", rows=opened, key_file=key_file)
+    assert traces(log)
     forget(where, WHO, retain_s=0)
-    assert (traces(log), traces(tmp_path / "state")) == ([], [])
+    assert (traces(log), list(verify(where, WHO))) == ([], [])
 
     back = msgspec.structs.asdict(some_events()[0]) | {"user_id": WHO, "event_id": "back"}
     report = take(spark, [*rows, *bad, back | {"event_time_ms": int(time.time() * 1000) + 60_000}], log)
 
     assert (report.appended, report.already, report.read) == (1, len(rows) - mine, len(rows) + len(bad) + 1)
     assert report.forgotten == mine + sum(row["user_id"] == WHO for row in bad)
+    assert [row["event_id"] for row in logged(log) if row["user_id"] == WHO] == ["back"]
     assert [events.num_rows for user, events in raw_users(log) if user == WHO] == [1]
 
-    # A copy that was restored puts an old event back at a place of its own.
-    (held,) = [row for row in logged(log) if row["user_id"] == WHO]
-    put_events(log, held["partition"], {_free(log, held["partition"]): _one_of_the_user()})
+
+@pytest.mark.spark
+def test_a_backfill_leaves_out_what_a_restored_copy_brought_back(spark, tmp_path: Path, key_file: Path) -> None:
+    log, events, checkpoint = tmp_path / "log", some_events(), small_checkpoint(tmp_path / "checkpoint")
+    make_log(log, events)
+    (tmp_path / "state").mkdir()
+    store = StoreHandle(state=tmp_path / "state", redis=None)
+    opened, users = store.open(), sorted({event.user_id for event in events} - {WHO})
+    fill(opened, checkpoint, events, log)
+    before = {u: decode_row(d, checkpoint.spec).recent_data for u, d in rows_of(opened, checkpoint, users).items()}
+    where = Places(log=log, state=tmp_path / "state", rows=opened, key_file=key_file)
+    (partition, offset) = forget(where, WHO, retain_s=0).requests[0][1:3]
+    (old,) = [event for event in events if event.user_id == WHO][:1]
+    held = {row["offset"] for row in logged(log) if row["partition"] == partition}
+    put_events(log, partition, {next(n for n in range(offset) if n not in held): old})
+
     done = backfill(spark, checkpoint, log, store)
 
-    assert done.revision == 1
+    assert (done.revision, done.users, done.cut[partition]) == (1, len(users), offset)
     found = {u: decode_row(d, checkpoint.spec).recent_data for u, d in rows_of(opened, checkpoint, users).items()}
     assert found == before
-    (data,) = rows_of(opened, checkpoint, [WHO]).values()
-    assert decode_row(data, checkpoint.spec).count == 1
+    assert rows_of(opened, checkpoint, [WHO]) == {WHO: None}
     assert DeltaTable(log / "events").metadata().configuration["vql.dense"] == "false"
-
-
-def _free(log: Path, partition: int) -> int:
-    """The first offset that holds no record."""
-    held = {row["offset"] for row in logged(log) if row["partition"] == partition}
-    return next(n for n in range(10**6) if n not in held)
-
-
-def _one_of_the_user() -> Event:
-    return next(event for event in some_events() if event.user_id == WHO)
