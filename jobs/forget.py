@@ -137,6 +137,7 @@ def plan(places: Places, user_id: str) -> Outcome:
 def verify(places: Places, user_id: str) -> Iterator[Found]:
     """Everything that is left of the user anywhere. A user who came back after the request is found as well."""
     _check(places, user_id)
+    known = places.rows.checkpoint_ids()
     for checkpoint_id in rows_of(places.rows, user_id):
         yield Found(where=f"the online store, checkpoint {checkpoint_id}", what="a row", remedy=_row_remedy(places))
     if isinstance(places.rows, RedisRows):
@@ -145,9 +146,9 @@ def verify(places: Places, user_id: str) -> Iterator[Found]:
     elif isinstance(places.rows, SqliteRows) and not places.rows.path.is_relative_to(places.state):
         for suffix in ("", "-wal", "-shm"):
             path = Path(f"{places.rows.path}{suffix}")
-            if path.exists() and (what := scan_file(path, user_id)) is not None:
+            if path.exists() and (what := scan_file(path, user_id, known)) is not None:
                 yield Found(where=str(path), what=what, remedy=AGAIN)
-    yield from scan_folder(places.state, user_id, AGAIN)
+    yield from scan_folder(places.state, user_id, AGAIN, known)
     yield from scan_folder(places.log, user_id, f"{AGAIN}, when what readers may need is no longer retained")
     for folder in places.folders:
         yield from scan_folder(folder, user_id, "delete this folder: a training makes its examples anew from the log")

@@ -37,13 +37,16 @@ class Found:
     remedy: str
 
 
-def scan_folder(folder: Path, user_id: str, remedy: str) -> Iterator[Found]:
-    """What the files of a folder hold of a user. Raises InputError for a file that cannot be read."""
+def scan_folder(folder: Path, user_id: str, remedy: str, checkpoint_ids: Sequence[str] = ()) -> Iterator[Found]:
+    """What the files of a folder hold of a user; checkpoint_ids: those of the stores that may lie there.
+
+    Raises InputError for a file that cannot be read.
+    """
     for path in sorted(folder.rglob("*")):
         if not path.is_file():
             continue
         try:
-            what = scan_file(path, user_id)
+            what = scan_file(path, user_id, checkpoint_ids)
         except FileNotFoundError:
             continue  # a file that went meanwhile holds nothing
         except (OSError, pa.ArrowException) as error:
@@ -52,14 +55,14 @@ def scan_folder(folder: Path, user_id: str, remedy: str) -> Iterator[Found]:
             yield Found(where=str(path), what=what, remedy=remedy)
 
 
-def scan_file(path: Path, user_id: str) -> str | None:
-    """What a file holds of a user, in words."""
+def scan_file(path: Path, user_id: str, checkpoint_ids: Sequence[str] = ()) -> str | None:
+    """What a file holds of a user, in words. As scan_folder."""
     if path.suffix == ".parquet":
         return _parquet(path, user_id)
     if path.suffix in _JSON:
         return _json(path, user_id)
     if path.name.endswith((".db", ".db-wal", ".db-shm")):
-        return _sqlite(path, user_id)
+        return _sqlite(path, user_id, checkpoint_ids)
     if len(user_id.encode()) < SHORT_BYTES:
         return None
     return "the id" if _search(path, [_word(spelled) for spelled in spellings(user_id)]) else None
@@ -130,9 +133,14 @@ def _beginning(user_id: str) -> bytes:
     return user_id[:STATISTICS_CHARACTERS].encode()
 
 
-def _sqlite(path: Path, user_id: str) -> str | None:
-    """The store's rows and their index have the checkpoint's id right after the user's, so short ids are found too."""
-    patterns = [rb"(?<![\w-])" + re.escape(spelled) + rb"(?=[0-9a-f]{32})" for spelled in spellings(user_id)]
+def _sqlite(path: Path, user_id: str, checkpoint_ids: Sequence[str]) -> str | None:
+    """The store's rows and their index have the checkpoint's id right after the user's, so short ids are found too.
+
+    Of a checkpoint that is not known any more, an id that a digit follows by chance is not.
+    """
+    ends = [*(each.encode() for each in checkpoint_ids), rb"[0-9a-f]{32}(?![0-9a-f])"]
+    begins = [rb"(?<![\w-])" + re.escape(spelled) for spelled in spellings(user_id)]
+    patterns = [begin + b"(?=" + end + b")" for begin in begins for end in ends]
     if len(user_id.encode()) >= SHORT_BYTES:
         patterns += [_word(spelled) for spelled in spellings(user_id)]
     return "the id in a page, of a row or of one that was erased" if _search(path, patterns) else None

@@ -82,6 +82,12 @@ def test_a_row_that_was_deleted_is_found_in_free_pages_and_after_secure_deletion
         assert scan_file(path, "u12") is not None
 
 
+def test_a_row_whose_next_number_is_like_a_digit_is_found_by_the_checkpoint_that_is_known(tmp_path: Path) -> None:
+    (tmp_path / "a.db").write_bytes(b"\5u1" + b"0123456789abcdef" * 2 + b"7\0")
+    assert scan_file(tmp_path / "a.db", "u1", ["0123456789abcdef" * 2]) is not None
+    assert scan_file(tmp_path / "a.db", "u", ["0123456789abcdef" * 2]) is None
+
+
 def test_other_bytes_are_searched_for_ids_that_chance_does_not_make(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "state.bin").write_bytes(b"\0\1longer-id\0 17 \xff")
