@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,11 +38,11 @@ from tests.jobs.forgettable import (
     some_events,
     traces,
 )
-from tests.jobs.processes import kill_when, start
 from tests.pipelines.small_log import partition_of
 from tests.redis_server import running_redis
 from tests.small import START_MS, small_checkpoint
 
+ROOT = Path(__file__).parents[2]
 WEEK_S = 168 * 3600.0
 
 
@@ -291,31 +293,54 @@ def test_whoever_writes_or_reads_a_log_of_forgotten_users_needs_the_key(
         stream(scene)
 
 
-def moments(scene: Scene) -> Iterator[tuple[str, object]]:
-    """What shows how far a run is, by the commits that it makes."""
-    events, forgotten = scene.log / "events", scene.log / FORGOTTEN
-    begun = DeltaTable(events).version()
-    yield "the tombstone is in the log", lambda: DeltaTable(events).version() > begun
-    yield "the request is written", lambda: DeltaTable.is_deltatable(str(forgotten))
-    yield "the events are deleted", lambda: DeltaTable(events).version() > begun + 2
-    yield "commits are removed", lambda: not (events / "_delta_log" / f"{begun:020}.json").exists()
+DYING = """
+import os, signal, sys
+from pathlib import Path
+
+import jobs.forget as forget
+import jobs.forget_tables as tables
+from feature_repo.handle import StoreHandle
+
+left = int(sys.argv[1])
+
+
+def dying(step):
+    def then(*given, **named):
+        global left
+        made = step(*given, **named)
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+
+    return then
+
+
+for home, name in (
+    (tables, "_change"), (tables, "_vacuum"), (tables, "_remove_commits"),
+    (forget, "write_requests"), (forget, "empty_rows"), (forget, "drop_empty_rows"), (forget, "write_done"),
+):
+    setattr(home, name, dying(getattr(home, name)))
+log, state, key = map(Path, sys.argv[2:5])
+rows = StoreHandle(state=state, redis=None).open()
+forget.forget(forget.Places(log=log, state=state, rows=rows, key_file=key), sys.argv[5], 0.0)
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_killed_at_any_moment_and_run_again_it_is_done(scene: Scene, key_file: Path, tmp_path: Path) -> None:
+def test_killed_after_any_step_and_run_again_it_is_done(scene: Scene, key_file: Path) -> None:
     where = places(scene, key_file)
     events, rows = others_events(scene), others_rows(scene, where.rows)
     where.rows.close()
-    command = ["forget", WHO, "--log", scene.log, "--state", scene.state, "--retain", 0]
-    for _, reached in moments(scene):
-        process = start(command, tmp_path)
-        try:
-            kill_when(process, reached)
-        except AssertionError:
-            assert process.returncode == 0, "it may be done before it is killed"
-    assert start(command, tmp_path).wait() == 0
+    ends, steps = [], 0
+    # Each run goes on in what the one before it left, killed a step later or more.
+    while ends[-1:] != [0]:
+        steps += 1 + steps // 6
+        given = [str(steps), scene.log, scene.state, key_file, WHO]
+        ends.append(subprocess.run([sys.executable, "-c", DYING, *map(str, given)], cwd=ROOT).returncode)
 
+    assert ends[:-1] == [-signal.SIGKILL] * (len(ends) - 1)
+    assert len(ends) > 8, "few steps would prove little"
     where = places(scene, key_file)
     assert (traces(scene.log), traces(scene.state)) == ([], [])
     assert list(verify(where, WHO)) == []
