@@ -74,7 +74,9 @@ class TopicOfUsers:
     def settings(self) -> dict[str, str]:
         """What decides how long the topic keeps records."""
         asked = ConfigResource(ConfigResource.Type.TOPIC, self.name)
-        found = AdminClient(self.source.kafka.client()).describe_configs([asked])[asked]
+        # Named: a client that is collected takes its questions with it.
+        admin = AdminClient(self.source.kafka.client())
+        found = admin.describe_configs([asked])[asked]
         try:
             told = found.result(self.source.kafka.timeout_s)
         except KafkaException as error:
