@@ -66,7 +66,8 @@ return table.concat(done)
 
 # KEYS: the index, the row. ARGV: the user, and the stamp that the row must have; without it, any.
 DELETE_ROW = Script("""
-if ARGV[2] and redis.call('HGET', KEYS[2], 's') ~= ARGV[2] then return 0 end
+local stored = redis.call('HGET', KEYS[2], 's')
+if ARGV[2] and stored and stored ~= ARGV[2] then return 0 end
 redis.call('ZREM', KEYS[1], ARGV[1])
 return redis.call('DEL', KEYS[2])
 """)

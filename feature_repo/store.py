@@ -118,7 +118,7 @@ class RowStore(Protocol):
         ...
 
     def delete_row(self, checkpoint_id: str, user_id: str, stamp: Stamp) -> bool:
-        """Erase the row that has this very stamp; False where there is none, or another one by now."""
+        """Erase the row that has this very stamp, and what else is left of one that went; False where none had it."""
         ...
 
     def delete_checkpoint(self, checkpoint_id: str) -> int:

@@ -38,11 +38,15 @@ def drop_empty_rows(rows: RowStore, user_id: str, request: Request, streamed: bo
 
     streamed: older events of the user are still where a stream may read them.
     """
-    dropped, behind = 0, []
-    for checkpoint_id, stored in _stamps(rows, user_id):
+    dropped, behind, stamps = 0, [], dict(_stamps(rows, user_id))
+    for checkpoint_id in rows.checkpoint_ids():
+        # Where there is no row, what a killed run left of one, or one that expired, is still to go.
+        stored = stamps.get(
+            checkpoint_id, Stamp(epoch=request.epoch, partition=request.partition, offset=request.offset)
+        )
         if _at(stored) != _at(request):
             continue
-        if streamed and not _passed(rows, checkpoint_id, request):
+        if checkpoint_id in stamps and streamed and not _passed(rows, checkpoint_id, request):
             behind.append(checkpoint_id)
             continue
         dropped += rows.delete_row(checkpoint_id, user_id, stored)
