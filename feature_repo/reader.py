@@ -240,9 +240,10 @@ class Reader:
             raise
         rows, batch = filling.finish(), filling.batch
         behind = [] if self.limits.deadline_s is None else self._kept.renew(user_ids, rows, batch.place_B, found)
-        for b, row in zip(behind, self._kept.get([user_ids[b] for b in behind]), strict=True):
-            if row is not None:
-                batch.fill(b, [row])
+        if behind:
+            for b, row in zip(behind, self._kept.get([user_ids[b] for b in behind]), strict=True):
+                if row is not None:
+                    batch.fill(b, [row])
         self._refusal = None
         return _fetched(batch, {user_ids[b]: REGRESSED for b in behind})
 
