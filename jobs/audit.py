@@ -1,0 +1,162 @@
+"""`vql audit`: whether what rankers read, and will read next, is what the log of events says.
+
+Every row is a function of the log and of its own stamp. So it is made anew, by the fold of the backfill, as of the very
+stamp of the row that was read, and the two are compared: no newer state with an older one, and no difference that a
+running stream would explain. Reads are those that rankers logged (`jobs.read_log`); rows are also read from the store,
+for a sample of the log's users, another one each day. What differs can be published anew (`jobs.repair`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.storagelevel import StorageLevel
+
+from feature_repo.handle import StoreHandle
+from jobs.audit_reads import COLUMNS, logged_reads, stored_reads
+from jobs.audit_report import AuditReport, summary
+from jobs.audit_verdicts import BAD, Tolerance, judged
+from jobs.audited_log import AuditedLog
+from jobs.event_log import read_records
+from jobs.repair import Repaired, repair
+from jobs.spark import errors_of_workers
+from models.checkpoint import Checkpoint
+from models.errors import InputError
+
+DAY_MS = 86_400_000
+READS, STORE = "reads", "store"
+# A batch of ten thousand rows, which is Spark's own measure, would be half a gigabyte.
+_BATCH = "spark.sql.execution.arrow.maxBytesPerBatch"
+BATCH_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggedReads:
+    """Which reads of a read log, and the key that its users are hashed with."""
+
+    path: Path
+    key: bytes = field(repr=False)
+    since_ms: int
+    until_ms: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditPlan:
+    """What to audit: logged reads, if any, and the rows of store_users users, whom the day of now_ms decides."""
+
+    reads: LoggedReads | None
+    store_users: int
+    now_ms: int
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    repair: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    spark: SparkSession
+    checkpoint: Checkpoint
+    log: Path
+    store: StoreHandle
+    plan: AuditPlan
+
+    def open_log(self) -> AuditedLog:
+        return AuditedLog.open(self.spark, self.log)
+
+    def verdicts(self, reads: DataFrame) -> pa.Table:
+        """The verdicts on reads, which are evaluated once, and before the log is opened, so that it is as far."""
+        reads = reads.persist(StorageLevel.DISK_ONLY)
+        try:
+            reads.count()
+            return judged(reads, self.open_log(), self.checkpoint, self.plan.tolerance).toArrow()
+        finally:
+            reads.unpersist()
+
+    def stored(self, users: DataFrame) -> pa.Table:
+        """The verdicts on these users' rows as the store holds them now."""
+        return self.verdicts(stored_reads(users, self.store, self.checkpoint.checkpoint_id))
+
+
+def audit(spark: SparkSession, checkpoint: Checkpoint, log: Path, store: StoreHandle, plan: AuditPlan) -> AuditReport:
+    """Compare, and repair where the plan says so.
+
+    Raises InputError for a log or a read log that is not there, or when there is no read to audit; StoreError as the
+    store does.
+    """
+    if plan.reads is None and not plan.store_users:
+        raise InputError("nothing to audit: name a read log (--read-log), or users of the store (--store-sample)")
+    job = _Job(spark=spark, checkpoint=checkpoint, log=log, store=store, plan=plan)
+    found: dict[str, pa.Table] = {}
+    repaired = None
+    with errors_of_workers(), _small_batches(spark):
+        version = job.open_log().version
+        if plan.store_users:
+            found[STORE] = job.stored(_sampled_users(job))
+        if plan.reads is not None:
+            found[READS] = job.verdicts(_logged(job, plan.reads))
+        if plan.repair:
+            repaired = _repaired(job, found)
+    return AuditReport(
+        checkpoint_id=checkpoint.checkpoint_id,
+        log=str(log),
+        log_version=version,
+        sources={name: summary(verdicts) for name, verdicts in found.items()},
+        repaired=repaired,
+    )
+
+
+def _logged(job: _Job, part: LoggedReads) -> DataFrame:
+    """The logged reads with their users' ids, which only the log has."""
+    reads = logged_reads(job.spark, part.path, job.checkpoint.checkpoint_id, part.since_ms, part.until_ms)
+    if reads.isEmpty():
+        raise InputError(
+            f"{part.path} holds no read of checkpoint {job.checkpoint.checkpoint_id} within that time; "
+            "do its rankers run with --read-log?"
+        )
+    users = job.open_log().hashed_users(part.key).join(reads.select("user_hash").distinct(), "user_hash")
+    return reads.join(users, "user_hash", "left").select(COLUMNS)
+
+
+def _sampled_users(job: _Job) -> DataFrame:
+    """Users of the log by a hash of the id and the day, so that all have a turn."""
+    users = read_records(job.spark, job.log).select("user_id").distinct()
+    drawn = F.xxhash64("user_id", F.lit(job.plan.now_ms // DAY_MS))
+    return users.orderBy(drawn, "user_id").limit(job.plan.store_users)
+
+
+def _repaired(job: _Job, found: dict[str, pa.Table]) -> Repaired:
+    """Rows that were read may be others by now: of the users found, those are repaired whose rows are wrong now."""
+    users = sorted({user_id for verdicts in found.values() for user_id in _bad_users(verdicts)})
+    if not users:
+        return Repaired()
+    now = job.stored(_frame(job.spark, users))
+    wrong = sorted(set(_bad_users(now)))
+    if not wrong:
+        return Repaired()
+    revisions = pc.max(now["revision"]).as_py()
+    return repair(job.open_log(), _frame(job.spark, wrong), job.checkpoint, job.store, revisions or 0)
+
+
+def _bad_users(verdicts: pa.Table) -> list[str]:
+    bad = verdicts.filter(pc.is_in(verdicts["verdict"], pa.array(BAD)))
+    return bad["user_id"].drop_null().to_pylist()
+
+
+def _frame(spark: SparkSession, users: list[str]) -> DataFrame:
+    return spark.createDataFrame([(user_id,) for user_id in users], "user_id string")
+
+
+@contextmanager
+def _small_batches(spark: SparkSession) -> Iterator[None]:
+    before = spark.conf.get(_BATCH)
+    spark.conf.set(_BATCH, BATCH_BYTES)
+    try:
+        yield
+    finally:
+        spark.conf.set(_BATCH, before)
