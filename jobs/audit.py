@@ -8,8 +8,8 @@ for a sample of the log's users, another one each day. What differs can be publi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,31 +58,6 @@ class AuditPlan:
     repair: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Job:
-    spark: SparkSession
-    checkpoint: Checkpoint
-    log: Path
-    store: StoreHandle
-    plan: AuditPlan
-
-    def open_log(self) -> AuditedLog:
-        return AuditedLog.open(self.spark, self.log)
-
-    def verdicts(self, reads: DataFrame) -> pa.Table:
-        """The verdicts on reads, which are evaluated once, and before the log is opened, so that it is as far."""
-        reads = reads.persist(StorageLevel.DISK_ONLY)
-        try:
-            reads.count()
-            return judged(reads, self.open_log(), self.checkpoint, self.plan.tolerance).toArrow()
-        finally:
-            reads.unpersist()
-
-    def stored(self, users: DataFrame) -> pa.Table:
-        """The verdicts on these users' rows as the store holds them now."""
-        return self.verdicts(stored_reads(users, self.store, self.checkpoint.checkpoint_id))
-
-
 def audit(spark: SparkSession, checkpoint: Checkpoint, log: Path, store: StoreHandle, plan: AuditPlan) -> AuditReport:
     """Compare, and repair where the plan says so.
 
@@ -91,36 +66,62 @@ def audit(spark: SparkSession, checkpoint: Checkpoint, log: Path, store: StoreHa
     """
     if plan.reads is None and not plan.store_users:
         raise InputError("nothing to audit: name a read log (--read-log), or users of the store (--store-sample)")
-    job = _Job(spark=spark, checkpoint=checkpoint, log=log, store=store, plan=plan)
-    found: dict[str, pa.Table] = {}
-    repaired = None
-    with errors_of_workers(), _small_batches(spark):
-        version = job.open_log().version
+    with errors_of_workers(), _small_batches(spark), ExitStack() as kept:
+        job = _Job(spark=spark, checkpoint=checkpoint, log=log, store=store, plan=plan, kept=kept)
+        sources: dict[str, DataFrame] = {}
         if plan.store_users:
-            found[STORE] = job.stored(_sampled_users(job))
+            sources[STORE] = job.stored(_sampled_users(job))
+        # What is read before the log is opened is seldom ahead of it.
+        audited = AuditedLog.open(spark, log)
         if plan.reads is not None:
-            found[READS] = job.verdicts(_logged(job, plan.reads))
-        if plan.repair:
-            repaired = _repaired(job, found)
+            sources[READS] = job.keep(_logged(job, audited, plan.reads))
+        found = {name: job.verdicts(reads, audited) for name, reads in sources.items()}
+        repaired = _repaired(job, found) if plan.repair else None
     return AuditReport(
         checkpoint_id=checkpoint.checkpoint_id,
         log=str(log),
-        log_version=version,
+        log_version=audited.version,
         sources={name: summary(verdicts) for name, verdicts in found.items()},
         repaired=repaired,
     )
 
 
-def _logged(job: _Job, part: LoggedReads) -> DataFrame:
-    """The logged reads with their users' ids, which only the log has."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """An audit on its way. kept: what is to be given back at its end."""
+
+    spark: SparkSession
+    checkpoint: Checkpoint
+    log: Path
+    store: StoreHandle
+    plan: AuditPlan
+    kept: ExitStack
+
+    def keep(self, reads: DataFrame) -> DataFrame:
+        """Evaluated now, and only once: what is read anew could be another."""
+        reads = reads.persist(StorageLevel.DISK_ONLY)
+        self.kept.callback(reads.unpersist)
+        reads.count()
+        return reads
+
+    def stored(self, users: DataFrame) -> DataFrame:
+        """These users' rows as the store holds them now."""
+        return self.keep(stored_reads(users, self.store, self.checkpoint.checkpoint_id))
+
+    def verdicts(self, reads: DataFrame, audited: AuditedLog) -> pa.Table:
+        """What `audit_verdicts.judged` says of them."""
+        return judged(reads, audited, self.checkpoint, self.plan.tolerance).toArrow()
+
+
+def _logged(job: _Job, audited: AuditedLog, part: LoggedReads) -> DataFrame:
+    """The logged reads with their users' ids, which only the log of events has."""
     reads = logged_reads(job.spark, part.path, job.checkpoint.checkpoint_id, part.since_ms, part.until_ms)
     if reads.isEmpty():
         raise InputError(
             f"{part.path} holds no read of checkpoint {job.checkpoint.checkpoint_id} within that time; "
             "do its rankers run with --read-log?"
         )
-    users = job.open_log().hashed_users(part.key).join(reads.select("user_hash").distinct(), "user_hash")
-    return reads.join(users, "user_hash", "left").select(COLUMNS)
+    return reads.join(audited.hashed_users(part.key), "user_hash", "left").select(COLUMNS)
 
 
 def _sampled_users(job: _Job) -> DataFrame:
@@ -130,17 +131,19 @@ def _sampled_users(job: _Job) -> DataFrame:
     return users.orderBy(drawn, "user_id").limit(job.plan.store_users)
 
 
-def _repaired(job: _Job, found: dict[str, pa.Table]) -> Repaired:
+def _repaired(job: _Job, found: Mapping[str, pa.Table]) -> Repaired:
     """Rows that were read may be others by now: of the users found, those are repaired whose rows are wrong now."""
     users = sorted({user_id for verdicts in found.values() for user_id in _bad_users(verdicts)})
     if not users:
         return Repaired()
-    now = job.stored(_frame(job.spark, users))
+    reads = job.stored(_frame(job.spark, users))
+    audited = AuditedLog.open(job.spark, job.log)
+    now = job.verdicts(reads, audited)
     wrong = sorted(set(_bad_users(now)))
     if not wrong:
         return Repaired()
     revisions = pc.max(now["revision"]).as_py()
-    return repair(job.open_log(), _frame(job.spark, wrong), job.checkpoint, job.store, revisions or 0)
+    return repair(audited, _frame(job.spark, wrong), job.checkpoint, job.store, revisions or 0)
 
 
 def _bad_users(verdicts: pa.Table) -> list[str]:

@@ -16,8 +16,8 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from jobs.backfill import FOLDED, fold_users
-from jobs.event_log import TOMBSTONE, LogFacts, log_facts, read_records, standing
-from jobs.spark import table_version
+from jobs.event_log import TOMBSTONE, LogFacts, log_facts, standing
+from jobs.spark import read_delta, table_version
 from jobs.user_hash import hashed_user
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.item_table import read_index
@@ -26,6 +26,8 @@ from models.row import encode_row
 ROWS_PER_BATCH_BYTES = 16 << 20
 # From an item's segment on disk to the table of every stream, and a clock that is not the writer's.
 SETTLED_MS = 300_000
+# The folders of the segments that `encode_items` makes a table of.
+FIRST_RUN = (".", "run-00000")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,19 +42,18 @@ class AuditedLog:
     @classmethod
     def open(cls, spark: SparkSession, log: Path) -> AuditedLog:
         """As of now. Raises InputError when there is no log."""
-        version = table_version(spark, log / "events")
+        # Before anything else is asked of a table that may not be there.
+        read_delta(spark, log / "events")
+        version, facts = table_version(spark, log / "events"), log_facts(spark, log / "events")
         since = F.coalesce("log_time_ms", F.unix_millis("_metadata.file_modification_time"))
-        records = read_records(spark, log, version).select("*", since.alias("log_ms"))
+        rows = read_delta(spark, log / "events", version).where(F.col("epoch") == facts.epoch)
+        records = rows.select("*", since.alias("log_ms"))
         ends = {row[0]: row[1] for row in records.groupBy("partition").agg(F.max("offset")).collect()}
-        return cls(version=version, facts=log_facts(spark, log / "events"), records=records, ends=ends)
-
-    def users(self) -> DataFrame:
-        """Every user id, once."""
-        return self.records.select("user_id").distinct()
+        return cls(version=version, facts=facts, records=records, ends=ends)
 
     def hashed_users(self, key: bytes) -> DataFrame:
         """Every user id with its keyed hash."""
-        return self.users().mapInArrow(_hasher(key), "user_id string, user_hash binary")
+        return self.records.select("user_id").distinct().mapInArrow(_hasher(key), "user_id string, user_hash binary")
 
     def first_standing(self, users: DataFrame) -> DataFrame:
         """Since when the log has had an event of each of these users that no tombstone erases: first_ms."""
@@ -91,9 +92,10 @@ class AuditedLog:
 def known_since_ms(items: Path) -> np.ndarray:
     """Since when every stream has known each item of a table, by its index; 0: since there has been a table."""
     segments = read_index(items).segments
-    first = {Path(segment.name).parent for segment in segments[:2]}
     since = [
-        0 if Path(each.name).parent in first else (items / each.name).stat().st_mtime_ns // 1_000_000 + SETTLED_MS
+        0
+        if str(Path(each.name).parent) in FIRST_RUN
+        else (items / each.name).stat().st_mtime_ns // 1_000_000 + SETTLED_MS
         for each in segments
     ]
     return np.repeat(np.array(since, np.int64), [segment.items for segment in segments])
