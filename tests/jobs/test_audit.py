@@ -7,36 +7,32 @@ import sqlite3
 import time
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
 from msgspec.structs import replace
 
 from feature_repo.handle import StoreHandle
-from feature_repo.opened import Opened
-from feature_repo.reader import Reader
 from feature_repo.redis_settings import RedisSettings
-from feature_repo.store import row_puts, whole_put
+from feature_repo.store import row_puts
 from jobs.audit import READS, STORE, AuditPlan, LoggedReads, audit
-from jobs.audit_report import AuditReport
 from jobs.audit_verdicts import AHEAD, EXTRA, MISSING, SCORES, Tolerance
 from jobs.audited_log import AuditedLog
-from jobs.backfill import backfill
-from jobs.read_log import ReadLog
-from jobs.repair import repair
-from jobs.row_difference import AGREES, DAMAGED, ENTRIES, RECENT, STAMP
-from jobs.scoring import Asked, Scorer, load_scorer
+from jobs.repair import Repaired, repair
+from jobs.row_difference import AGREES, DAMAGED, ENTRIES, LATER_ITEMS, RECENT, STAMP
+from jobs.user_hash import hashed_user
 from models.checkpoint import Checkpoint
 from models.errors import InputError
-from models.event import parse
-from models.row import Row, RowBytes, advance, decode_row, encode_row
+from models.item_table import append_segments
+from models.row import Row, advance, encode_row, new_row
 from models.wire import decode_counts, encode_folded
 from pipelines.encode import EncodedBatch
 from pipelines.row_cache import RowCache
 from pipelines.update import update_rows
-from tests.jobs.tiny import purchases, take
+from tests.jobs.audited import KEY, AuditedShop, audited_shop
+from tests.jobs.tiny import purchases
 from tests.pipelines.small_log import recent_of
 from tests.redis_server import running_redis
 from tests.small import HOUR_MS, START_MS
@@ -44,95 +40,57 @@ from tests.small_ranker import COUNTS, scoring_checkpoint
 
 pytestmark = pytest.mark.spark
 
-KEY = b"a key of the tests, of 32 bytes."
 USERS, DAYS = 12, 8
 NAMES = [f"u{n}" for n in range(USERS)]
-CANDIDATES = ["i1", "i7", "i30", "nothing"]
-NOW_MS = START_MS + 400 * HOUR_MS
 WRONG = "u3"
+# Of an item that was encoded after its event had been folded; and new in the log.
+LATER, FRESH, NEW_ITEM = "later", "fresh", "i77"
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return scoring_checkpoint(tmp_path_factory.mktemp("checkpoint") / "c", counts=COUNTS)
-
-
-@pytest.fixture(scope="module")
-def log(spark, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shop(tmp_path_factory: pytest.TempPathFactory) -> AuditedShop:
     """u1 takes a third of everything back."""
-    rows = purchases(range(DAYS), users=USERS)
-    back = [row | {"event_id": f"back-{row['event_id']}", "weight": -1.0} for row in rows if row["user_id"] == "u1"]
-    log = tmp_path_factory.mktemp("audit") / "log"
-    take(spark, rows + back[::3], log)
-    return log
+    folder = tmp_path_factory.mktemp("audit")
+    checkpoint = scoring_checkpoint(folder / "checkpoint", counts=COUNTS)
+    encode_later(checkpoint)
+    rows = sorted(purchases(range(DAYS), users=USERS), key=lambda row: row["event_time_ms"])
+    mine = [row for row in rows if row["user_id"] == "u1"]
+    rows += [row | {"event_id": f"back-{row['event_id']}", "weight": -1.0} for row in mine[::3]]
+    for name, item in ((LATER, NEW_ITEM), (FRESH, "i1")):
+        rows += [mine[0] | {"event_id": f"{name}{n}", "user_id": name, "item_id": item} for n in range(9)]
+    return audited_shop(checkpoint, folder / "log", rows, fresh=[FRESH])
 
 
-@pytest.fixture(params=["embedded", "redis"])
-def store(request: pytest.FixtureRequest, tmp_path: Path):
-    (tmp_path / "state").mkdir()
-    if request.param == "embedded":
-        yield StoreHandle(state=tmp_path / "state", redis=None)
-        return
-    (tmp_path / "redis").mkdir()
-    with running_redis(tmp_path / "redis") as redis:
-        yield StoreHandle(state=tmp_path / "state", redis=RedisSettings(url=redis.url))
+def encode_later(checkpoint: Checkpoint) -> None:
+    """Add an item, as `encode-items` does, now."""
+    file = checkpoint.items_path / "run-00001" / "part.parquet"
+    file.parent.mkdir()
+    first = pq.read_table(checkpoint.items_path / "all.parquet").slice(5, 1)
+    pq.write_table(first.set_column(0, first.schema.field(0), pa.array([NEW_ITEM])), file)
+    append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [file])
 
 
 @pytest.fixture
-def embedded(tmp_path: Path) -> StoreHandle:
+def store(tmp_path: Path) -> StoreHandle:
     (tmp_path / "state").mkdir()
     return StoreHandle(state=tmp_path / "state", redis=None)
 
 
-class Ranker:
-    """A ranker that logs all its reads."""
-
-    def __init__(self, checkpoint: Checkpoint, store: StoreHandle, folder: Path) -> None:
-        opened = Opened(checkpoint)
-        self.log = ReadLog(folder / "reads", 1.0, KEY, flush_s=3600.0)
-        reader = Reader(store.open(), opened)
-        self.scorer: Scorer = dataclasses.replace(load_scorer(checkpoint, opened.loaded, reader), read_log=self.log)
-
-    def rank(self, users: list[str]) -> None:
-        self.scorer.score([Asked(user_id=user, item_ids=CANDIDATES, now_ms=NOW_MS) for user in users])
-        assert self.log.flush()
-
-
 @pytest.fixture
-def ranker_of(tmp_path: Path):
-    made = []
-
-    def make(checkpoint: Checkpoint, store: StoreHandle) -> Ranker:
-        made.append(Ranker(checkpoint, store, tmp_path))
-        return made[-1]
-
-    yield make
-    for ranker in made:
-        ranker.log.close()
-        ranker.scorer.reader.close()
+def any_store(request: pytest.FixtureRequest, store: StoreHandle, tmp_path: Path):
+    if request.param == "embedded":
+        yield store
+        return
+    (tmp_path / "redis").mkdir()
+    with running_redis(tmp_path / "redis") as redis:
+        yield dataclasses.replace(store, redis=RedisSettings(url=redis.url))
 
 
-def planned(folder: Path | None = None, *, store_users: int = 0, repair: bool = False, grace_ms: int = 0) -> AuditPlan:
+def planned(path: Path | None = None, *, store_users: int = 0, repair: bool = False) -> AuditPlan:
     now_ms = int(time.time() * 1000) + 1000
-    reads = folder and LoggedReads(path=folder / "reads", key=KEY, since_ms=now_ms - HOUR_MS, until_ms=now_ms)
-    tolerance = Tolerance(grace_ms=grace_ms)
+    reads = path and LoggedReads(path=path, key=KEY, since_ms=now_ms - HOUR_MS, until_ms=now_ms)
+    tolerance = Tolerance(grace_ms=HOUR_MS)
     return AuditPlan(reads=reads, store_users=store_users, now_ms=now_ms, tolerance=tolerance, repair=repair)
-
-
-def stored(store: StoreHandle, checkpoint: Checkpoint) -> dict[str, RowBytes | None]:
-    return dict(zip(NAMES, store.open().get_rows(checkpoint.checkpoint_id, NAMES), strict=True))
-
-
-def row_of(store: StoreHandle, checkpoint: Checkpoint, user_id: str = WRONG) -> Row:
-    data = stored(store, checkpoint)[user_id]
-    assert data is not None
-    return decode_row(data, checkpoint.spec)
-
-
-def plant(store: StoreHandle, checkpoint: Checkpoint, row: Row, user_id: str = WRONG) -> None:
-    """Put a row in place of the one at the same position, its checksums right."""
-    raised = replace(row, stamp=replace(row.stamp, revision=row.stamp.revision + 1))
-    assert store.open().put_rows(checkpoint.checkpoint_id, [whole_put(user_id, raised)]) == [True]
 
 
 def with_wrong_mass(row: Row) -> Row:
@@ -144,217 +102,188 @@ def with_wrong_mass(row: Row) -> Row:
     return replace(row, folded_data=encode_folded(wrong, row.folded_stamp, counts))
 
 
-def verdicts(report: AuditReport, source: str) -> dict[str, int]:
-    return report.sources[source].by_verdict
-
-
 def test_right_rows_agree_as_they_were_read_and_as_they_are(
-    spark, checkpoint: Checkpoint, log: Path, store: StoreHandle, ranker_of, tmp_path: Path
+    spark, shop: AuditedShop, store: StoreHandle, tmp_path: Path
 ) -> None:
-    backfill(spark, checkpoint, log, store)
-    before = stored(store, checkpoint)
-    ranker = ranker_of(checkpoint, store)
-    ranker.rank([*NAMES, "nobody"])
-    report = audit(spark, checkpoint, log, store, planned(tmp_path, store_users=USERS, repair=True))
-    assert verdicts(report, READS) == {AGREES: USERS + 1}
-    assert verdicts(report, STORE) == {AGREES: USERS}
+    shop.fill(store, {name: shop.row(name) for name in shop.events})
+    before, users = shop.stored(store), len(shop.events)
+    shop.read(store, [*shop.events, "nobody"], tmp_path / "reads")
+    plan = planned(tmp_path / "reads", store_users=users, repair=True)
+    report = audit(spark, shop.checkpoint, shop.log, store, plan)
+    assert report.sources[READS].by_verdict == {AGREES: users + 1}
+    assert report.sources[STORE].by_verdict == {AGREES: users}
     assert report.mismatch_ratio == 0
-    assert (report.repaired.users, report.repaired.rows) == (0, 0)
+    assert report.repaired == Repaired()
     for source in report.sources.values():
         assert 0 <= source.error_max < 1e-5
-        assert source.examples == []
+        assert (source.users, source.examples) == (users, [])
         assert (source.stale.fresh, source.stale.quantile_s["1.0"]) == (1.0, 0.0)
     assert 0 <= report.sources[READS].score_error_max < 1e-4
     assert report.sources[STORE].score_error_max is None
-    assert stored(store, checkpoint) == before
+    assert shop.stored(store) == before
 
 
+@pytest.mark.parametrize("any_store", ["embedded", "redis"], indirect=True)
 def test_a_wrong_mass_is_found_and_repaired_and_nothing_else_is_changed(
-    spark, checkpoint: Checkpoint, log: Path, store: StoreHandle, ranker_of, tmp_path: Path
+    spark, shop: AuditedShop, any_store: StoreHandle, tmp_path: Path
 ) -> None:
-    record = backfill(spark, checkpoint, log, store)
-    right = stored(store, checkpoint)
-    plant(store, checkpoint, with_wrong_mass(row_of(store, checkpoint)))
-    ranker_of(checkpoint, store).rank(NAMES)
-
-    report = audit(spark, checkpoint, log, store, planned(tmp_path, store_users=USERS))
-    for source in (READS, STORE):
-        assert verdicts(report, source) == {AGREES: USERS - 1, ENTRIES: 1}
-        assert report.sources[source].mismatch_ratio == pytest.approx(1 / USERS)
-        assert report.sources[source].error_max == pytest.approx(1e-3, rel=0.05)
-        (example,) = report.sources[source].examples
-        assert (example.verdict, example.offset) == (ENTRIES, row_of(store, checkpoint).stamp.offset)
-    assert report.repaired is None
-
-    report = audit(spark, checkpoint, log, store, planned(tmp_path, repair=True))
-    assert msgspec.structs.asdict(report.repaired) == {"users": 1, "rows": 1, "newer": 0, "revision": 2}
-    after = stored(store, checkpoint)
+    shop.fill(any_store, {name: shop.row(name) for name in NAMES})
+    right = shop.stored(any_store)
+    shop.plant(any_store, WRONG, with_wrong_mass(shop.row(WRONG)))
+    shop.read(any_store, NAMES, tmp_path / "reads")
+    report = audit(spark, shop.checkpoint, shop.log, any_store, planned(tmp_path / "reads", repair=True))
+    reads = report.sources[READS]
+    assert reads.by_verdict == {AGREES: USERS - 1, ENTRIES: 1}
+    assert reads.mismatch_ratio == pytest.approx(1 / USERS)
+    assert reads.error_max == pytest.approx(1e-3, rel=0.05)
+    assert [(each.verdict, each.offset) for each in reads.examples] == [(ENTRIES, shop.row(WRONG).stamp.offset)]
+    assert report.repaired == Repaired(users=1, rows=1, newer=0, revision=2)
+    after = shop.stored(any_store)
     assert {user for user in NAMES if after[user] != right[user]} == {WRONG}
-    wanted = decode_row(right[WRONG], checkpoint.spec)
-    assert row_of(store, checkpoint).recent_data == wanted.recent_data
-    assert row_of(store, checkpoint).stamp == replace(wanted.stamp, revision=2)
-    assert audit(spark, checkpoint, log, store, planned(store_users=USERS)).mismatch_ratio == 0
-    # What was read is wrong for ever; the row is not, and is left alone.
-    report = audit(spark, checkpoint, log, store, planned(tmp_path, repair=True))
-    assert (verdicts(report, READS)[ENTRIES], report.repaired.rows) == (1, 0)
-    assert stored(store, checkpoint) == after
+    found, wanted = shop.stored_row(any_store, WRONG), shop.row(WRONG)
+    assert (found.stamp, found.recent_data) == (replace(wanted.stamp, revision=2), wanted.recent_data)
+    assert np.array_equal(found.folded.mass_NPR, wanted.folded.mass_NPR)
     # A later backfill is above it.
-    assert (record.revision, backfill(spark, checkpoint, log, store).revision) == (0, 3)
+    assert any_store.open().backfill(shop.checkpoint.checkpoint_id).revision == 2
+
+    # What was read is wrong for ever; the row is not, and is left alone.
+    report = audit(spark, shop.checkpoint, shop.log, any_store, planned(tmp_path / "reads", repair=True))
+    assert (report.sources[READS].by_verdict[ENTRIES], report.repaired) == (1, Repaired())
+    assert shop.stored(any_store) == after
 
 
-def test_a_newer_row_of_the_stream_is_never_replaced_and_the_stream_goes_on_from_a_repaired_one(
-    spark, checkpoint: Checkpoint, log: Path, store: StoreHandle
+def test_every_kind_of_fault_is_named_and_what_can_be_is_repaired(
+    spark, shop: AuditedShop, store: StoreHandle, tmp_path: Path
 ) -> None:
-    backfill(spark, checkpoint, log, store)
-    rows, using = store.open(), checkpoint.fold()
-    wrong = with_wrong_mass(row_of(store, checkpoint))
-    plant(store, checkpoint, wrong)
-    # What a stream keeps in memory, and its next put.
-    kept = row_of(store, checkpoint)
-    one_more = recent_of(checkpoint, [events_of(log, WRONG)[0]], [kept.stamp.offset + 1000])
-    ahead, _ = advance(kept, one_more, kept.stamp, using)
+    rows = {name: shop.row(name) for name in NAMES[:-1]}
+    # u11 has no row, and neither has the user whose first event came just now.
+    rows |= {LATER: folded_as(shop, unknown_items(shop, LATER)), "stranger": shop.row("u5")}
+    # Complete up to a position at which there is no event of the user's.
+    rows["u4"] = replace(rows["u4"], stamp=replace(rows["u4"].stamp, offset=rows["u4"].stamp.offset + 1))
+    recent = rows["u6"].recent.copy()
+    recent["weight"][-1] += 1
+    rows["u6"] = replace(rows["u6"], recent_data=recent.tobytes())
+    rows["u3"] = with_wrong_mass(rows["u3"])
+    shop.fill(store, rows)
+    (file,) = store.state.glob("*.db")
+    with sqlite3.connect(file) as connection:
+        connection.execute("UPDATE rows SET recent = x'00' WHERE user_id = 'u0'")
+        connection.execute("UPDATE rows SET folded = x'00' WHERE user_id = 'u1'")
+    connection.close()
+    before = shop.stored(store)
+    shop.read(store, [*shop.events, "stranger"], tmp_path / "reads")
+    # As if a ranker had made something else of a row that is right.
+    reads = DeltaTable(tmp_path / "reads").to_pyarrow_table()
+    logged = reads.to_pylist()
+    (one,) = (row for row in logged if row["user_hash"] == hashed_user("u7", KEY))
+    one["score"][0] += 0.5
+    write_deltalake(tmp_path / "reads", pa.Table.from_pylist(logged, reads.schema), mode="overwrite")
 
-    # The stream is first: its row is ahead of the log's copy.
-    assert rows.put_rows(checkpoint.checkpoint_id, row_puts([WRONG], [ahead], [kept])) == [True]
-    report = audit(spark, checkpoint, log, store, planned(store_users=USERS, repair=True))
-    assert verdicts(report, STORE) == {AGREES: USERS - 1, AHEAD: 1}
-    assert row_of(store, checkpoint).stamp == ahead.stamp
-    # Even where it was found wrong before it went on.
-    users = spark.createDataFrame([(WRONG,)], "user_id string")
-    done = repair(AuditedLog.open(spark, log), users, checkpoint, store, 5)
+    plan = planned(tmp_path / "reads", store_users=len(shop.events), repair=True)
+    report = audit(spark, shop.checkpoint, shop.log, store, plan)
+    of_rows = {DAMAGED: 2, STAMP: 1, RECENT: 1, ENTRIES: 1, MISSING: 1, LATER_ITEMS: 1}
+    assert report.sources[STORE].by_verdict == {AGREES: USERS - 6 + 1} | of_rows
+    assert report.sources[READS].by_verdict == {AGREES: USERS - 6, SCORES: 1, EXTRA: 1} | of_rows
+    assert report.sources[READS].score_error_max > 0.49
+    assert (report.sources[READS].missing, report.sources[READS].extra) == (1, 1)
+
+    # u4's is ahead of what the log has of it: only a backfill of a new epoch replaces it.
+    assert report.repaired == Repaired(users=6, rows=5, newer=1, revision=1)
+    after = shop.stored(store)
+    assert {user for user in shop.events if after[user] != before[user]} == {"u0", "u1", "u3", "u6", "u11"}
+    for user in ("u0", "u1", "u3", "u6", "u11"):
+        found, wanted = shop.stored_row(store, user), shop.row(user)
+        assert (found.stamp, found.recent_data) == (replace(wanted.stamp, revision=1), wanted.recent_data)
+        assert np.array_equal(found.folded.mean_NPRD, wanted.folded.mean_NPRD)
+
+
+def unknown_items(shop: AuditedShop, user_id: str) -> np.ndarray:
+    """The user's events as they are encoded before any item is known."""
+    mine = shop.events[user_id]
+    events = recent_of(shop.checkpoint, [event for event, _, _ in mine], [offset for _, _, offset in mine])
+    events["item"] = 0
+    return events
+
+
+def folded_as(shop: AuditedShop, events: np.ndarray) -> Row:
+    base = new_row(shop.checkpoint.spec, 1, shop.row(LATER).stamp.partition)
+    row, _ = advance(base, events, base.stamp, shop.checkpoint.fold())
+    return row
+
+
+def test_a_newer_row_is_never_replaced_and_a_stream_goes_on_from_a_repaired_one(
+    spark, shop: AuditedShop, store: StoreHandle
+) -> None:
+    shop.fill(store, {name: shop.row(name) for name in NAMES})
+    rows, using, checkpoint_id = store.open(), shop.checkpoint.fold(), shop.checkpoint.checkpoint_id
+    for user in ("u3", "u5"):
+        shop.plant(store, user, with_wrong_mass(shop.row(user)))
+    # A stream that has both rows in memory goes on with the first one, beyond the log's copy.
+    held = {user: shop.stored_row(store, user) for user in ("u3", "u5")}
+    more = {user: one_more(shop, user) for user in held}
+    ahead, _ = advance(held["u3"], more["u3"], held["u3"].stamp, using)
+    assert rows.put_rows(checkpoint_id, row_puts(["u3"], [ahead], [held["u3"]])) == [True]
+
+    report = audit(spark, shop.checkpoint, shop.log, store, planned(store_users=len(shop.events), repair=True))
+    assert report.sources[STORE].by_verdict == {AGREES: USERS - 2 + 1, AHEAD: 1, ENTRIES: 1, MISSING: 1}
+    assert (report.repaired.rows, report.repaired.newer) == (2, 0)
+    # Even a repair that was decided on before the stream went on leaves it alone.
+    users = spark.createDataFrame([("u3",)], "user_id string")
+    done = repair(AuditedLog.open(spark, shop.log), users, shop.checkpoint, store, 5)
     assert (done.users, done.rows, done.newer) == (1, 0, 1)
-    assert encode_row(row_of(store, checkpoint)) == encode_row(ahead)
+    assert shop.stored(store)["u3"] == encode_row(ahead)
 
-
-def test_a_stream_that_holds_the_wrong_row_goes_on_from_the_repaired_one(
-    spark, checkpoint: Checkpoint, log: Path, store: StoreHandle
-) -> None:
-    backfill(spark, checkpoint, log, store)
-    right = row_of(store, checkpoint)
-    plant(store, checkpoint, with_wrong_mass(right))
-    kept, rows = row_of(store, checkpoint), store.open()
     cache = RowCache(1 << 20)
-    cache.keep([WRONG], [kept])
-    report = audit(spark, checkpoint, log, store, planned(store_users=USERS, repair=True))
-    assert report.repaired.rows == 1
-
-    using = checkpoint.fold()
-    one_more = recent_of(checkpoint, [events_of(log, WRONG)[0]], [kept.stamp.offset + 1000])
+    cache.keep(["u5"], [held["u5"]])
+    partition = held["u5"].stamp.partition
     batch = EncodedBatch(
-        epoch=1,
-        partition=kept.stamp.partition,
-        user_ids=[WRONG],
-        recent=one_more,
-        unknown_items=0,
-        unknown_actions=0,
+        epoch=1, partition=partition, user_ids=["u5"], recent=more["u5"], unknown_items=0, unknown_actions=0
     )
     counts = update_rows(rows, using, batch, cache)
     assert (counts.conflicts, counts.events_folded) == (1, 1)
-    wanted, _ = advance(right, one_more, right.stamp, using)
-    found = row_of(store, checkpoint)
+    right = shop.row("u5")
+    wanted, _ = advance(right, more["u5"], right.stamp, using)
+    found = shop.stored_row(store, "u5")
     assert (found.stamp.offset, found.recent_data) == (wanted.stamp.offset, wanted.recent_data)
     assert np.array_equal(found.folded.mass_NPR, wanted.folded.mass_NPR)
 
 
-def test_damaged_missing_and_extra_rows_are_found_and_the_first_two_repaired(
-    spark, checkpoint: Checkpoint, log: Path, embedded: StoreHandle, ranker_of, tmp_path: Path
+def one_more(shop: AuditedShop, user_id: str) -> np.ndarray:
+    """An event of the user's beyond the log's end."""
+    event, _, offset = shop.events[user_id][0]
+    return recent_of(shop.checkpoint, [event], [offset + 100_000])
+
+
+def test_a_stale_row_agrees_and_is_as_stale_as_the_oldest_event_that_it_lacks(
+    spark, shop: AuditedShop, store: StoreHandle
 ) -> None:
-    backfill(spark, checkpoint, log, embedded)
-    right = stored(embedded, checkpoint)
-    embedded.open().put_rows(checkpoint.checkpoint_id, [whole_put("stranger", row_of(embedded, checkpoint, "u5"))])
-    (file,) = embedded.state.glob("*.db")
-    with sqlite3.connect(file) as connection:
-        connection.execute("UPDATE rows SET recent = x'00' WHERE user_id = 'u0'")
-        connection.execute("UPDATE rows SET folded = x'00' WHERE user_id = 'u1'")
-        connection.execute("DELETE FROM rows WHERE user_id = 'u2'")
-    connection.close()
-    ranker_of(checkpoint, embedded).rank([*NAMES, "stranger"])
-    report = audit(spark, checkpoint, log, embedded, planned(tmp_path, store_users=USERS, repair=True))
-    assert verdicts(report, READS) == {AGREES: USERS - 3, DAMAGED: 2, MISSING: 1, EXTRA: 1}
-    assert verdicts(report, STORE) == {AGREES: USERS - 3, DAMAGED: 2, MISSING: 1}
-    assert (report.sources[READS].missing, report.sources[READS].extra) == (1, 1)
-    assert (report.repaired.users, report.repaired.rows) == (3, 3)
-    after = stored(embedded, checkpoint)
-    assert {user for user in NAMES if after[user] != right[user]} == {"u0", "u1", "u2"}
-    assert audit(spark, checkpoint, log, embedded, planned(store_users=USERS)).mismatch_ratio == 0
+    # Each lacks the newest two of its events, but u0 has all.
+    lacking = {name: shop.events[name][-2][0].event_time_ms for name in NAMES[1:]}
+    rows = {name: shop.row(name, upto=shop.events[name][-3][2]) for name in lacking}
+    shop.fill(store, rows | {name: shop.row(name) for name in ("u0", LATER, FRESH)})
+    before_ms = time.time() * 1000
+    report = audit(spark, shop.checkpoint, shop.log, store, planned(store_users=len(shop.events)))
+    source = report.sources[STORE]
+    assert source.by_verdict == {AGREES: len(shop.events)}
+    assert source.stale.fresh == pytest.approx(3 / len(shop.events))
+    oldest_ms = min(lacking.values())
+    assert source.stale.quantile_s["1.0"] >= (before_ms - oldest_ms) / 1000
+    assert source.stale.quantile_s["1.0"] <= (time.time() * 1000 - oldest_ms) / 1000
+    # Events of this log came into it at once.
+    assert source.stale == source.stale_event
+    assert oldest_ms > START_MS
 
 
-def test_a_row_that_holds_other_events_is_found(
-    spark, checkpoint: Checkpoint, log: Path, embedded: StoreHandle
-) -> None:
-    backfill(spark, checkpoint, log, embedded)
-    row = row_of(embedded, checkpoint)
-    recent = row.recent.copy()
-    recent["weight"][-1] += 1
-    plant(embedded, checkpoint, replace(row, recent_data=recent.tobytes()))
-    # Complete up to a position at which there is no event of the user.
-    first = min(NAMES, key=lambda user: row_of(embedded, checkpoint, user).stamp.offset)
-    other = row_of(embedded, checkpoint, first)
-    assert first != WRONG
-    plant(embedded, checkpoint, replace(other, stamp=replace(other.stamp, offset=other.stamp.offset + 1)), first)
-    report = audit(spark, checkpoint, log, embedded, planned(store_users=USERS))
-    assert verdicts(report, STORE) == {AGREES: USERS - 2, RECENT: 1, STAMP: 1}
-
-
-def test_a_stale_row_agrees_and_its_staleness_is_that_of_the_oldest_event_that_it_lacks(
-    spark, checkpoint: Checkpoint, log: Path, embedded: StoreHandle
-) -> None:
-    ends = dict(backfill(spark, checkpoint, log, embedded).cut)
-    embedded.open().delete_checkpoint(checkpoint.checkpoint_id)
-    backfill(spark, checkpoint, log, embedded, {p: end // 2 for p, end in ends.items()})
-    before_ms = int(time.time() * 1000)
-    report = audit(spark, checkpoint, log, embedded, planned(store_users=USERS))
-    assert verdicts(report, STORE) == {AGREES: USERS}
-    stale, by_event = report.sources[STORE].stale, report.sources[STORE].stale_event
-    assert stale.fresh == 0
-    written_s = [path.stat().st_mtime for path in (log / "events").glob("partition=*/*.parquet")]
-    least_s, most_s = before_ms / 1000 - max(written_s), time.time() - min(written_s)
-    assert least_s - 0.01 < stale.quantile_s["0.5"] <= stale.quantile_s["1.0"] < most_s
-    # The oldest event that a row lacks is of the fifth of eight days, for the users in the middle.
-    days = (before_ms - START_MS) / HOUR_MS / 24
-    assert days - DAYS < by_event.quantile_s["0.5"] / 86_400 < days
-
-
-def test_new_users_have_a_moment_before_they_are_missing(
-    spark, checkpoint: Checkpoint, log: Path, embedded: StoreHandle, ranker_of, tmp_path: Path
-) -> None:
-    embedded.open().commit_positions(checkpoint.checkpoint_id, 1, {0: 0})
-    ranker_of(checkpoint, embedded).rank(["u0"])
-    report = audit(spark, checkpoint, log, embedded, planned(tmp_path))
-    assert verdicts(report, READS) == {MISSING: 1}
-    report = audit(spark, checkpoint, log, embedded, planned(tmp_path, grace_ms=HOUR_MS))
-    assert verdicts(report, READS) == {AGREES: 1}
-
-
-def test_scores_that_are_not_those_of_the_row_are_found(
-    spark, checkpoint: Checkpoint, log: Path, embedded: StoreHandle, ranker_of, tmp_path: Path
-) -> None:
-    backfill(spark, checkpoint, log, embedded)
-    ranker = ranker_of(checkpoint, embedded)
-    ranker.rank(NAMES[:3])
-    table = DeltaTable(tmp_path / "reads").to_pyarrow_table()
-    reads = [row | {"score": [row["score"][0] + 0.5, *row["score"][1:]]} for row in table.to_pylist()]
-    write_deltalake(tmp_path / "reads", pa.Table.from_pylist(reads, table.schema), mode="overwrite")
-    report = audit(spark, checkpoint, log, embedded, planned(tmp_path))
-    assert verdicts(report, READS) == {SCORES: 3}
-    assert report.sources[READS].score_error_max == pytest.approx(0.5, rel=1e-3)
-
-
-def test_nothing_to_audit_is_an_error(
-    spark, checkpoint: Checkpoint, log: Path, embedded: StoreHandle, ranker_of, tmp_path: Path
-) -> None:
-    backfill(spark, checkpoint, log, embedded)
+def test_nothing_to_audit_is_an_error(spark, shop: AuditedShop, store: StoreHandle, tmp_path: Path) -> None:
+    shop.fill(store, {"u0": shop.row("u0")})
     with pytest.raises(InputError, match="nothing to audit"):
-        audit(spark, checkpoint, log, embedded, planned())
+        audit(spark, shop.checkpoint, shop.log, store, planned())
     with pytest.raises(InputError, match="reads is not a Delta table"):
-        audit(spark, checkpoint, log, embedded, planned(tmp_path))
-    ranker_of(checkpoint, embedded).rank(["u0"])
-    plan = planned(tmp_path)
+        audit(spark, shop.checkpoint, shop.log, store, planned(tmp_path / "reads"))
+    with pytest.raises(InputError, match="events is not a Delta table"):
+        audit(spark, shop.checkpoint, tmp_path, store, planned(tmp_path / "reads"))
+    shop.read(store, ["u0"], tmp_path / "reads")
+    plan = planned(tmp_path / "reads")
     old = dataclasses.replace(plan.reads, since_ms=0, until_ms=plan.now_ms - HOUR_MS)
     with pytest.raises(InputError, match="holds no read of checkpoint"):
-        audit(spark, checkpoint, log, embedded, dataclasses.replace(plan, reads=old))
-
-
-def events_of(log: Path, user_id: str):
-    rows = DeltaTable(log / "events").to_pyarrow_table().sort_by([("partition", "ascending"), ("offset", "ascending")])
-    return [parse(row["value"]) for row in rows.to_pylist() if row["user_id"] == user_id]
+        audit(spark, shop.checkpoint, shop.log, store, dataclasses.replace(plan, reads=old))
