@@ -22,7 +22,7 @@ from pyspark.storagelevel import StorageLevel
 from feature_repo.handle import StoreHandle
 from jobs.audit_reads import COLUMNS, logged_reads, stored_reads
 from jobs.audit_report import AuditReport, summary
-from jobs.audit_verdicts import BAD, Tolerance, judged
+from jobs.audit_verdicts import BAD, Tolerance, aged, judged
 from jobs.audited_log import AuditedLog
 from jobs.event_log import read_records
 from jobs.repair import Repaired, repair
@@ -97,20 +97,20 @@ class _Job:
     plan: AuditPlan
     kept: ExitStack
 
-    def keep(self, reads: DataFrame) -> DataFrame:
-        """Evaluated now, and only once: what is read anew could be another."""
-        reads = reads.persist(StorageLevel.DISK_ONLY)
-        self.kept.callback(reads.unpersist)
-        reads.count()
-        return reads
+    def keep(self, rows: DataFrame) -> DataFrame:
+        """Evaluated now, and only once: what is read from the store anew could be another."""
+        rows = rows.persist(StorageLevel.DISK_ONLY)
+        self.kept.callback(rows.unpersist)
+        rows.count()
+        return rows
 
     def stored(self, users: DataFrame) -> DataFrame:
         """These users' rows as the store holds them now."""
         return self.keep(stored_reads(users, self.store, self.checkpoint.checkpoint_id))
 
     def verdicts(self, reads: DataFrame, audited: AuditedLog) -> pa.Table:
-        """What `audit_verdicts.judged` says of them."""
-        return judged(reads, audited, self.checkpoint, self.plan.tolerance).toArrow()
+        """What `audit_verdicts` says of them."""
+        return aged(self.keep(judged(reads, audited, self.checkpoint, self.plan.tolerance)), audited).toArrow()
 
 
 def _logged(job: _Job, audited: AuditedLog, part: LoggedReads) -> DataFrame:

@@ -68,11 +68,7 @@ class Tolerance:
 
 
 def judged(reads: DataFrame, log: AuditedLog, checkpoint: Checkpoint, tolerance: Tolerance) -> DataFrame:
-    """A verdict for each read (columns `audit_reads.READ`), and how stale its row was.
-
-    stale_ms: since when the log has had the oldest event that was not in the row when it was read; stale_event_ms: by
-    that event's own time; 0 where there was none.
-    """
+    """A verdict (VERDICT) for each read (`audit_reads.READ`)."""
     ahead = F.col("offset") > F.coalesce(_ends(log)[F.col("partition")], F.lit(-1))
     there = F.col("recent").isNotNull()
     sorted_out = reads.withColumn(
@@ -87,7 +83,24 @@ def judged(reads: DataFrame, log: AuditedLog, checkpoint: Checkpoint, tolerance:
     at_once = _not_missing(sorted_out.where("verdict IS NOT NULL"), log, tolerance)
     compared = _compared(sorted_out.where("verdict IS NULL"), log, checkpoint, tolerance)
     numbers = [F.lit(None).cast("double").alias(name) for name in ("error", "score_error")]
-    return _aged(at_once.select(*_NAMES[:-2], *numbers).unionByName(compared), log)
+    return at_once.select(*_NAMES[:-2], *numbers).unionByName(compared)
+
+
+def aged(verdicts: DataFrame, log: AuditedLog) -> DataFrame:
+    """The verdicts, and how stale each row was.
+
+    stale_ms: since when the log has had the oldest event that was not in the row when it was read; stale_event_ms: by
+    that event's own time; 0 where there was none.
+    """
+    read = verdicts.where(f"offset IS NOT NULL AND verdict NOT IN {NOT_COMPARED}")
+    read = read.select("user_id", "read_ms", F.col("offset").alias("upto")).distinct()
+    moves = log.moves(read.select("user_id").distinct())
+    after = moves.join(read, "user_id").where("offset > upto AND log_ms <= read_ms")
+    oldest = after.groupBy("user_id", "read_ms", F.col("upto").alias("offset")).agg(
+        F.max(F.col("read_ms") - F.col("log_ms")).alias("stale_ms"),
+        F.max(F.col("read_ms") - F.col("event_time_ms")).alias("stale_event_ms"),
+    )
+    return verdicts.join(oldest, ["user_id", "read_ms", "offset"], "left").fillna(0, ["stale_ms", "stale_event_ms"])
 
 
 def _ends(log: AuditedLog) -> Column:
@@ -107,20 +120,6 @@ def _compared(reads: DataFrame, log: AuditedLog, checkpoint: Checkpoint, toleran
     rows = rows.withColumnsRenamed({"folded": "wanted_folded", "recent": "wanted_recent"})
     joined = reads.select(COLUMNS).join(rows, ["user_id", "offset"], "left")
     return joined.mapInArrow(_comparer(checkpoint.path, tolerance), VERDICT)
-
-
-def _aged(verdicts: DataFrame, log: AuditedLog) -> DataFrame:
-    """With the age of the oldest record that was in the log at the read, and not in the row."""
-    read = verdicts.where(f"offset IS NOT NULL AND verdict NOT IN {NOT_COMPARED}")
-    read = read.select("user_id", "read_ms", F.col("offset").alias("upto")).distinct()
-    after = (
-        log.moves(read.select("user_id").distinct()).join(read, "user_id").where("offset > upto AND log_ms <= read_ms")
-    )
-    oldest = after.groupBy("user_id", "read_ms", F.col("upto").alias("offset")).agg(
-        F.max(F.col("read_ms") - F.col("log_ms")).alias("stale_ms"),
-        F.max(F.col("read_ms") - F.col("event_time_ms")).alias("stale_event_ms"),
-    )
-    return verdicts.join(oldest, ["user_id", "read_ms", "offset"], "left").fillna(0, ["stale_ms", "stale_event_ms"])
 
 
 def _comparer(path: Path, tolerance: Tolerance) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
