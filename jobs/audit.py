@@ -20,7 +20,7 @@ from pyspark.sql import functions as F
 from pyspark.storagelevel import StorageLevel
 
 from feature_repo.handle import StoreHandle
-from jobs.audit_reads import COLUMNS, logged_reads, stored_reads
+from jobs.audit_reads import COLUMNS, LoggedReads, logged_reads, stored_reads
 from jobs.audit_report import AuditReport, summary
 from jobs.audit_verdicts import BAD, Tolerance, aged, judged
 from jobs.audited_log import AuditedLog
@@ -35,16 +35,6 @@ READS, STORE = "reads", "store"
 # A batch of ten thousand rows, which is Spark's own measure, would be half a gigabyte.
 _BATCH = "spark.sql.execution.arrow.maxBytesPerBatch"
 BATCH_BYTES = 32 << 20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoggedReads:
-    """Which reads of a read log, and the key that its users are hashed with."""
-
-    path: Path
-    key: bytes = field(repr=False)
-    since_ms: int
-    until_ms: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,12 +105,7 @@ class _Job:
 
 def _logged(job: _Job, audited: AuditedLog, part: LoggedReads) -> DataFrame:
     """The logged reads with their users' ids, which only the log of events has."""
-    reads = logged_reads(job.spark, part.path, job.checkpoint.checkpoint_id, part.since_ms, part.until_ms)
-    if reads.isEmpty():
-        raise InputError(
-            f"{part.path} holds no read of checkpoint {job.checkpoint.checkpoint_id} within that time; "
-            "do its rankers run with --read-log?"
-        )
+    reads = logged_reads(job.spark, part, job.checkpoint.checkpoint_id)
     return reads.join(audited.hashed_users(part.key), "user_hash", "left").select(COLUMNS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from pyspark.sql import functions as F
 
 from feature_repo.handle import StoreHandle
 from jobs.spark import read_delta
-from models.errors import WireError
+from jobs.user_hash import key_id
+from models.errors import InputError, WireError
 from models.row import RowBytes
 from models.wire import FOLDED_MAGIC, RECENT_MAGIC, Stamp, read_header
 
@@ -39,16 +41,34 @@ _STORED = pa.schema(
 )
 
 
-def logged_reads(spark: SparkSession, path: Path, checkpoint_id: str, since_ms: int, until_ms: int) -> DataFrame:
-    """The reads of a checkpoint within these times, with user_hash in place of user_id.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoggedReads:
+    """Which reads of a read log, and the key that its users are hashed with."""
 
-    Raises InputError when there is no read log.
+    path: Path
+    key: bytes = field(repr=False)
+    since_ms: int
+    until_ms: int
+
+
+def logged_reads(spark: SparkSession, part: LoggedReads, checkpoint_id: str) -> DataFrame:
+    """The reads of a checkpoint, with user_hash in place of user_id; those of another key are left out.
+
+    Raises InputError when there is no read log, or none of these in it.
     """
-    reads = read_delta(spark, path).where(F.col("checkpoint_id") == checkpoint_id)
+    since_ms, until_ms = part.since_ms, part.until_ms
+    reads = read_delta(spark, part.path).where(F.col("checkpoint_id") == checkpoint_id)
+    reads = reads.where(F.col("key_id") == key_id(part.key))
     # Days are folders.
-    days = (F.col("day") >= _day(since_ms)) & (F.col("day") <= _day(until_ms))
+    days = (F.col("day") >= day_of(since_ms)) & (F.col("day") <= day_of(until_ms))
     within = (F.col("read_ms") >= since_ms) & (F.col("read_ms") < until_ms)
-    return reads.where(days & within).select("user_hash", *COLUMNS[1:])
+    reads = reads.where(days & within).select("user_hash", *COLUMNS[1:])
+    if reads.isEmpty():
+        raise InputError(
+            f"{part.path} holds no read of checkpoint {checkpoint_id} within that time and of this key; do its rankers "
+            "run with --read-log?"
+        )
+    return reads
 
 
 def stored_reads(users: DataFrame, store: StoreHandle, checkpoint_id: str) -> DataFrame:
@@ -91,5 +111,6 @@ def _stamp(part: bytes, magic: bytes) -> Stamp | None:
         return None
 
 
-def _day(time_ms: int) -> str:
+def day_of(time_ms: int) -> str:
+    """As the read log has it."""
     return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d")

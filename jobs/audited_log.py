@@ -20,6 +20,7 @@ from jobs.event_log import TOMBSTONE, LogFacts, log_facts, standing
 from jobs.spark import read_delta, table_version
 from jobs.user_hash import hashed_user
 from models.checkpoint import Checkpoint, open_checkpoint
+from models.errors import InputError
 from models.item_table import read_index
 from models.row import encode_row
 
@@ -41,7 +42,7 @@ class AuditedLog:
 
     @classmethod
     def open(cls, spark: SparkSession, log: Path) -> AuditedLog:
-        """As of now. Raises InputError when there is no log."""
+        """As of now. Raises InputError when there is no log, or nothing in it."""
         # Before anything else is asked of a table that may not be there.
         read_delta(spark, log / "events")
         version, facts = table_version(spark, log / "events"), log_facts(spark, log / "events")
@@ -49,6 +50,8 @@ class AuditedLog:
         rows = read_delta(spark, log / "events", version).where(F.col("epoch") == facts.epoch)
         records = rows.select("*", since.alias("log_ms"))
         ends = {row[0]: row[1] for row in records.groupBy("partition").agg(F.max("offset")).collect()}
+        if not ends:
+            raise InputError("the log is empty: there is nothing to compare with; run vql ingest first")
         return cls(version=version, facts=facts, records=records, ends=ends)
 
     def hashed_users(self, key: bytes) -> DataFrame:
@@ -57,9 +60,7 @@ class AuditedLog:
 
     def first_standing(self, users: DataFrame) -> DataFrame:
         """Since when the log has had an event of each of these users that no tombstone erases: first_ms."""
-        records = self.records.join(users, "user_id")
-        events = records if self.facts.dense else standing(records)
-        return events.groupBy("user_id").agg(F.min("log_ms").alias("first_ms"))
+        return standing(self.records.join(users, "user_id")).groupBy("user_id").agg(F.min("log_ms").alias("first_ms"))
 
     def moves(self, users: DataFrame) -> DataFrame:
         """The records of these users that move their stamps: no repeats, which are known by the event id here."""

@@ -27,6 +27,9 @@ def audit(
     read_log: Annotated[
         Path | None, typer.Option(resolve_path=True, help="What vql serve --read-log writes; needs its key, as there.")
     ] = None,
+    keep_days: Annotated[
+        int | None, typer.Option(min=1, help="Then delete logged reads that are older; absent: keep all.")
+    ] = None,
     hours: Annotated[float, typer.Option(min=0.0, help="How far back reads are audited.")] = 24.0,
     store_sample: Annotated[int, typer.Option(min=0, help="Users whose rows in the store are audited.")] = 0,
     repair: Annotated[bool, typer.Option("--repair", help="Publish the rows anew that do not agree.")] = False,
@@ -55,10 +58,12 @@ def audit(
     Example: vql audit --checkpoint live --log build/log --state build/state --read-log build/reads --store-sample 1000
     """
     from feature_repo.handle import StoreHandle
-    from jobs.audit import AuditPlan, LoggedReads
+    from jobs.audit import DAY_MS, AuditPlan
     from jobs.audit import audit as run
+    from jobs.audit_reads import LoggedReads, day_of
     from jobs.audit_report import write_metrics, write_plot, write_report
     from jobs.audit_verdicts import Tolerance
+    from jobs.read_log import forget_before
     from jobs.spark import open_spark
     from jobs.user_hash import user_hash_key
     from models.checkpoint import open_checkpoint
@@ -77,6 +82,8 @@ def audit(
     )
     opened = open_checkpoint(checkpoint)
     report = run(open_spark(master), opened, log, StoreHandle(state=state), plan)
+    if read_log is not None and keep_days is not None:
+        forget_before(read_log, day_of(now_ms - keep_days * DAY_MS))
     if output is not None:
         write_report(output, report)
     if plot is not None:

@@ -32,7 +32,7 @@ from deltalake.exceptions import TableNotFoundError
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, Metric
 
-from jobs.user_hash import hashed_user
+from jobs.user_hash import hashed_user, key_id
 from models.errors import WireError
 from models.row import RowBytes
 from models.wire import RECENT_MAGIC, read_header
@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
         ("day", pa.string()),
         ("read_ms", pa.int64()),
         ("user_hash", pa.binary()),
+        ("key_id", pa.string()),
         ("checkpoint_id", pa.string()),
         ("history", pa.string()),
         ("epoch", pa.int64()),
@@ -127,7 +128,7 @@ class ReadLog:
     ) -> None:
         assert 0 < share <= 1, share
         self.path, self.metrics = path, ReadLogMetrics() if metrics is None else metrics
-        self._below, self._key, self._clock = int(share * 2**64), key, clock
+        self._below, self._key, self._key_id, self._clock = int(share * 2**64), key, key_id(key), clock
         self._flush_s, self._bytes_max = flush_s, waiting_bytes_max
         self._bucket = (-1, blake2b())
         self._waiting: list[tuple[int, bytes, SampledRead]] = []
@@ -174,7 +175,7 @@ class ReadLog:
             if not entries:
                 return True
             try:
-                _append(self.path, _table(entries))
+                _append(self.path, _table(entries, self._key_id))
             except Exception as error:
                 # Whatever it is, requests go on, and the thread that writes does too.
                 self.metrics.failed_writes += 1
@@ -209,10 +210,23 @@ class ReadLog:
                 self.flush()
 
 
-def _table(entries: Sequence[tuple[int, bytes, SampledRead]]) -> pa.Table:
+def forget_before(path: Path, day: str) -> None:
+    """Delete the reads of days before this one (as 2026-11-26), and make few files of many.
+
+    Delta keeps the files of older versions for a week, then they are gone from the disk.
+    """
+    table = DeltaTable(path)
+    table.delete(f"day < '{day}'")
+    table.optimize.compact()
+    table.vacuum(dry_run=False)
+
+
+def _table(entries: Sequence[tuple[int, bytes, SampledRead]], key: str) -> pa.Table:
     # In parts, because Arrow keeps the interpreter for itself while it makes columns, and requests wait.
     starts = range(0, len(entries), ENTRIES_AT_ONCE)
-    parts = ([_columns(*entry) for entry in entries[start : start + ENTRIES_AT_ONCE]] for start in starts)
+    parts = (
+        [_columns(*entry) | {"key_id": key} for entry in entries[start : start + ENTRIES_AT_ONCE]] for start in starts
+    )
     return pa.concat_tables([pa.Table.from_pylist(part, SCHEMA) for part in parts])
 
 

@@ -24,6 +24,11 @@ def hashed_user(user_id: str, key: bytes) -> bytes:
     return blake2b(user_id.encode(), key=key, digest_size=HASH_BYTES).digest()
 
 
+def key_id(key: bytes) -> str:
+    """What tells one key from another, and nothing of either: of what another key hashed, no user is found."""
+    return blake2b(key=key, digest_size=4, person=b"vql key id").hexdigest()
+
+
 def user_hash_key(environment: Mapping[str, str] = os.environ) -> bytes:
     """The key that VQL_USER_HASH_KEY is, or that the file holds which VQL_USER_HASH_KEY_FILE names.
 

@@ -17,7 +17,8 @@ from msgspec.structs import replace
 from feature_repo.handle import StoreHandle
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.store import row_puts
-from jobs.audit import READS, STORE, AuditPlan, LoggedReads, audit
+from jobs.audit import READS, STORE, AuditPlan, audit
+from jobs.audit_reads import LoggedReads
 from jobs.audit_verdicts import AHEAD, EXTRA, MISSING, SCORES, Tolerance
 from jobs.audited_log import AuditedLog
 from jobs.repair import Repaired, repair
@@ -287,3 +288,7 @@ def test_nothing_to_audit_is_an_error(spark, shop: AuditedShop, store: StoreHand
     old = dataclasses.replace(plan.reads, since_ms=0, until_ms=plan.now_ms - HOUR_MS)
     with pytest.raises(InputError, match="holds no read of checkpoint"):
         audit(spark, shop.checkpoint, shop.log, store, dataclasses.replace(plan, reads=old))
+    # Under another key none of its users would be found, and all would seem to be nobody's.
+    other = dataclasses.replace(plan.reads, key=KEY[::-1])
+    with pytest.raises(InputError, match="and of this key"):
+        audit(spark, shop.checkpoint, shop.log, store, dataclasses.replace(plan, reads=other))

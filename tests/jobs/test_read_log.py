@@ -15,7 +15,7 @@ from deltalake import DeltaTable
 from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
 from feature_repo.reader import Reader
-from jobs.read_log import BUCKET_MS, DROPPED, WRITTEN, ReadLog, SampledRead
+from jobs.read_log import BUCKET_MS, DROPPED, WRITTEN, ReadLog, SampledRead, forget_before
 from jobs.scoring import Asked, Scorer, load_scorer
 from jobs.user_hash import hashed_user
 from models.checkpoint import Checkpoint
@@ -185,6 +185,17 @@ def test_the_thread_appends_by_itself_and_the_end_appends_the_rest(open_log) -> 
     late.put("u3", a_read())
     assert len(table(log)) == 2
     assert late.metrics.reads == {WRITTEN: 1, DROPPED: 1}
+
+
+def test_old_days_are_forgotten(open_log, clock: Clock) -> None:
+    log = open_log()
+    for _ in range(4):
+        log.put("u1", a_read())
+        assert log.flush()
+        clock.now_s += 86_400
+    forget_before(log.path, "2027-01-17")
+    assert sorted(row["day"] for row in table(log)) == ["2027-01-17", "2027-01-18"]
+    assert len(DeltaTable(log.path).files()) == 2
 
 
 def test_logs_of_several_threads_and_processes_share_a_table(open_log) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.user_hash import HASH_BYTES, hashed_user, user_hash_key
+from jobs.user_hash import HASH_BYTES, hashed_user, key_id, user_hash_key
 from models.errors import InputError
 
 KEY = b"sixteen or more bytes"
@@ -18,6 +18,11 @@ def test_the_hash_is_of_both_the_user_and_the_key() -> None:
     # Written down: read logs and records of years ago are to be found by it.
     assert mine.hex() == "6df8063929c433af326d4541a37b6f17"
     assert len({mine, hashed_user("u2", KEY), hashed_user("u1", KEY + b"."), hashed_user("ü1", KEY)}) == 4
+
+
+def test_keys_are_told_apart_without_being_shown() -> None:
+    assert key_id(KEY) == key_id(bytes(KEY)) != key_id(KEY[::-1])
+    assert len(key_id(KEY)) == 8
 
 
 def test_the_key_is_the_variable_or_the_files(tmp_path: Path) -> None:
