@@ -223,11 +223,9 @@ def forget_before(path: Path, day: str) -> None:
 
 def _table(entries: Sequence[tuple[int, bytes, SampledRead]], key: str) -> pa.Table:
     # In parts, because Arrow keeps the interpreter for itself while it makes columns, and requests wait.
-    starts = range(0, len(entries), ENTRIES_AT_ONCE)
-    parts = (
-        [_columns(*entry) | {"key_id": key} for entry in entries[start : start + ENTRIES_AT_ONCE]] for start in starts
-    )
-    return pa.concat_tables([pa.Table.from_pylist(part, SCHEMA) for part in parts])
+    parts = [entries[start : start + ENTRIES_AT_ONCE] for start in range(0, len(entries), ENTRIES_AT_ONCE)]
+    columns = ([_columns(*entry) | {"key_id": key} for entry in part] for part in parts)
+    return pa.concat_tables([pa.Table.from_pylist(rows, SCHEMA) for rows in columns])
 
 
 def _columns(read_ms: int, user_hash: bytes, read: SampledRead) -> dict[str, object]:

@@ -195,7 +195,7 @@ def test_old_days_are_forgotten(open_log, clock: Clock) -> None:
         clock.now_s += 86_400
     forget_before(log.path, "2027-01-17")
     assert sorted(row["day"] for row in table(log)) == ["2027-01-17", "2027-01-18"]
-    assert len(DeltaTable(log.path).files()) == 2
+    assert len(DeltaTable(log.path).file_uris()) == 2
 
 
 def test_logs_of_several_threads_and_processes_share_a_table(open_log) -> None:
