@@ -22,7 +22,7 @@ from jobs.row_difference import (
 )
 from models.checkpoint import Checkpoint
 from models.item_table import UNKNOWN
-from models.row import Fold, Row, RowBytes, advance, encode_row, new_row
+from models.row import Fold, Row, RowBytes, advance, decode_row, encode_row, new_row
 from models.wire import Stamp, decode_counts, encode_folded
 from tests.pipelines.small_log import recent_of
 from tests.small import HOUR_MS, random_events
@@ -111,6 +111,21 @@ def test_an_entry_that_is_nearly_forgotten_counts_as_much_as_a_fresh_one(events,
     wrong = changed(row, dataclasses.replace(cache, mass_NPR=mass), using)
     found = difference(wrong, encode_row(row), using, TOLERANCE)
     assert (found.what, found.error) == (ENTRIES, pytest.approx(0.01, rel=0.01))
+
+
+def test_what_a_retraction_leaves_of_a_light_mass_is_rounding(events, using: Fold) -> None:
+    code_N = using.table.code_MG[events["item"], 0]
+    events = events[(code_N != code_N[0]) | (np.arange(len(events)) == 0)][:100].copy()
+    events["weight"] = 1.0
+    # Two weeks and a half ago, then again, and that is taken back when it has long been folded.
+    events["time"][0] = events["time"].max() - np.uint64(17 * 24 * HOUR_MS << 16)
+    events["item"][[30, 90]] = events["item"][0]
+    events["time"][90], events["weight"][90] = events["time"][30], -1.0
+    one, other = encode_row(folded(events, using, 1)), encode_row(folded(events, using))
+    assert difference(one, other, using, TOLERANCE).what == AGREES
+    # It is more than rounding beside what is left.
+    mass, whole = (decode_row(data, using.spec).folded.mass_NPR for data in (one, other))
+    assert (np.abs(mass - whole) > TOLERANCE * np.abs(whole)).any()
 
 
 def test_an_entry_that_is_gone_and_a_wrong_count_are_found(events, using: Fold) -> None:
