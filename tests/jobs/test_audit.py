@@ -38,6 +38,7 @@ from tests.pipelines.small_log import recent_of
 from tests.redis_server import running_redis
 from tests.small import HOUR_MS, START_MS
 from tests.small_ranker import COUNTS, scoring_checkpoint
+from tests.twin import assert_same_cache
 
 pytestmark = pytest.mark.spark
 
@@ -143,7 +144,7 @@ def test_a_wrong_mass_is_found_and_repaired_and_nothing_else_is_changed(
     assert {user for user in NAMES if after[user] != right[user]} == {WRONG}
     found, wanted = shop.stored_row(any_store, WRONG), shop.row(WRONG)
     assert (found.stamp, found.recent_data) == (replace(wanted.stamp, revision=2), wanted.recent_data)
-    assert np.array_equal(found.folded.mass_NPR, wanted.folded.mass_NPR)
+    assert_same_cache(found.folded, wanted.folded)
     # A later backfill is above it.
     assert any_store.open().backfill(shop.checkpoint.checkpoint_id).revision == 2
 
@@ -195,7 +196,7 @@ def test_every_kind_of_fault_is_named_and_what_can_be_is_repaired(
     for user in ("u0", "u1", "u3", "u6", "u11"):
         found, wanted = shop.stored_row(store, user), shop.row(user)
         assert (found.stamp, found.recent_data) == (replace(wanted.stamp, revision=1), wanted.recent_data)
-        assert np.array_equal(found.folded.mean_NPRD, wanted.folded.mean_NPRD)
+        assert_same_cache(found.folded, wanted.folded)
 
 
 def unknown_items(shop: AuditedShop, user_id: str) -> np.ndarray:
@@ -246,7 +247,7 @@ def test_a_newer_row_is_never_replaced_and_a_stream_goes_on_from_a_repaired_one(
     wanted, _ = advance(right, more["u5"], right.stamp, using)
     found = shop.stored_row(store, "u5")
     assert (found.stamp.offset, found.recent_data) == (wanted.stamp.offset, wanted.recent_data)
-    assert np.array_equal(found.folded.mass_NPR, wanted.folded.mass_NPR)
+    assert_same_cache(found.folded, wanted.folded)
 
 
 def one_more(shop: AuditedShop, user_id: str) -> np.ndarray:
