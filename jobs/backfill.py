@@ -27,6 +27,11 @@ from models.row import Row, advance, new_row
 from models.wire import pack_recent
 
 PUT_CHUNK = 500
+# What `fold_users` takes of a record. The hash is that of models.event.hash_event_id, which is the common CRC-32.
+FOLDED = (
+    *("user_id", "item_id", "action", "event_time_ms", "weight", "partition", "offset"),
+    "crc32(cast(event_id as binary)) AS event_hash",
+)
 DONE = "users long, events long, newer long"
 
 
@@ -46,11 +51,7 @@ def backfill(
     if facts.topic_id is not None:
         bind_topic(rows, checkpoint.checkpoint_id, facts.epoch, facts.topic_id, facts.partitions)
     until = F.create_map(*(F.lit(x) for pair in cut.items() for x in pair))[F.col("partition")]
-    wanted = events.where(F.col("offset") <= until).select(
-        *("user_id", "item_id", "action", "event_time_ms", "weight", "partition", "offset"),
-        # The hash of models.event.hash_event_id, which is the common CRC-32.
-        F.crc32(F.col("event_id").cast("binary")).alias("event_hash"),
-    )
+    wanted = events.where(F.col("offset") <= until).selectExpr(*FOLDED)
     by_user = wanted.repartition("user_id").sortWithinPartitions("user_id", "offset")
     checkpoint.fold()  # refuse a missing item table here rather than on an executor
     done = by_user.mapInArrow(_folder(checkpoint, store, (facts.epoch, revision)), DONE)

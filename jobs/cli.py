@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.cli_audit import audit
 from jobs.cli_bench import app as bench
 from jobs.cli_data import app as data
 from jobs.cli_dead_letters import app as dead_letters
@@ -58,8 +59,8 @@ app = typer.Typer(
     "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]serve[/b] (scores over HTTP). "
     "[b]rank[/b] shows one user; [b]demo[/b] goes all of it; [b]data[/b] makes logs of public data sets, "
     "[b]evaluate[/b] compares models on one, [b]inspect[/b] shows a checkpoint. "
-    "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store; [b]bench[/b] "
-    "measures, [b]size[/b] tells the memory of a store.",
+    "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store, [b]audit[/b] which "
+    "rows are; [b]bench[/b] measures, [b]size[/b] tells the memory of a store.",
 )
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(bench, name="bench")
@@ -295,6 +296,7 @@ app.command(context_settings={"allow_extra_args": True})(stream)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(serve)
+app.command()(audit)
 app.command()(doctor)
 app.command()(size)
 

@@ -11,9 +11,11 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
@@ -34,12 +36,27 @@ from jobs.serving.metrics import ServeMetrics
 from models.checkpoint import open_checkpoint
 from models.errors import InputError
 
+if TYPE_CHECKING:
+    from jobs.read_log import ReadLog
+
 _WARM_CANDIDATES = (1, 100, 500)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """Which share of the reads to log, where, and the key that hashes users."""
+
+    path: Path
+    share: float
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServePlan:
-    """What to serve, and where. linger_s, drain_s: after SIGTERM, until it stops to listen, and for what is left."""
+    """What to serve, and where. linger_s, drain_s: after SIGTERM, until it stops to listen, and for what is left.
+
+    sampling: None logs no reads.
+    """
 
     checkpoint_path: Path
     store: StoreHandle
@@ -50,6 +67,7 @@ class ServePlan:
     limits: ReadLimits
     linger_s: float
     drain_s: float
+    sampling: Sampling | None = None
 
 
 def run_server(plan: ServePlan) -> None:
@@ -57,9 +75,9 @@ def run_server(plan: ServePlan) -> None:
     # A batch is one thread's: threads that share one wait for each other at every operation, and a core that another
     # process takes for a moment then stops both.
     torch.set_num_threads(1)
-    with _bound(plan.host, plan.port) as bound:
-        metrics = ServeMetrics()
-        live = LiveScorer(plan.checkpoint_path, _loader(plan, ReaderMetrics(metrics.registry)))
+    metrics = ServeMetrics()
+    with _bound(plan.host, plan.port) as bound, _read_log(plan.sampling, metrics) as read_log:
+        live = LiveScorer(plan.checkpoint_path, _loader(plan, ReaderMetrics(metrics.registry), read_log))
         batcher = Batcher(lambda asked: live.scorer.score(asked), plan.rules)
         serving = Serving(live=live, batcher=batcher, metrics=metrics)
         server = _Server(serving, plan)
@@ -68,13 +86,25 @@ def run_server(plan: ServePlan) -> None:
     structlog.get_logger().info("server ended")
 
 
-def _loader(plan: ServePlan, metrics: ReaderMetrics) -> Callable[[Path], Scorer]:
+def _read_log(
+    sampling: Sampling | None, metrics: ServeMetrics
+) -> AbstractContextManager[ReadLog] | AbstractContextManager[None]:
+    """Closed when the server has answered all."""
+    if sampling is None:
+        return nullcontext()
+    from jobs.read_log import ReadLog, ReadLogMetrics
+
+    return closing(ReadLog(sampling.path, sampling.share, sampling.key, metrics=ReadLogMetrics(metrics.registry)))
+
+
+def _loader(plan: ServePlan, metrics: ReaderMetrics, read_log: ReadLog | None) -> Callable[[Path], Scorer]:
     def load(path: Path) -> Scorer:
         opened = Opened(open_checkpoint(path))
         reader = Reader(plan.store.open(), opened, plan.limits, plan.placement.device, metrics)
         scorer = load_scorer(opened.checkpoint, reader.fold, reader, plan.placement)
         _warm_up(scorer)
-        return scorer
+        # Only now: what warms it up is nobody's read.
+        return replace(scorer, read_log=read_log)
 
     return load
 
