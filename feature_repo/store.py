@@ -46,7 +46,7 @@ class Backfill(msgspec.Struct, frozen=True, kw_only=True):
     """The record of a finished backfill: rows of every user up to this cut are in the store.
 
     log_id names the log itself, whatever its path; a backfill again raises the revision that its rows are stamped with.
-    newer: rows that the store held newer already, and kept.
+    newer: users of whom the store held a newer row already, and kept it.
     """
 
     epoch: int

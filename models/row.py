@@ -192,8 +192,8 @@ def advance_users(
     event_N (dtype RECENT) are the events of one user after another, each user's with rising offsets up to end_U.
     `position` carries their epoch and partition; its offset is not used, nor its partition for a row of the same epoch:
     a user has one partition within an epoch, and rows of several may be advanced together. Events at or below a row's
-    stamp are already in it. A row without new events comes back unchanged (the same object), and one whose folded part did not change
-    keeps the same folded_data. The stamp is that of the last event added, or of a tombstone.
+    stamp are already in it. A row without new events comes back unchanged (the same object), and one whose folded part
+    did not change keeps the same folded_data. The stamp is that of the last event added, or of a tombstone.
     Raises WireError when a folded part to be changed is malformed.
     """
     epoch, size, window = position.epoch, RECENT.itemsize, using.window

@@ -12,7 +12,9 @@ import pytest
 from msgspec.structs import replace
 
 from feature_repo.handle import StoreHandle
-from jobs.backfill import backfill, fold_users
+from feature_repo.opened import Opened
+from jobs.backfill import backfill
+from jobs.backfill_task import fold_users
 from jobs.ingest import NewLog, ingest
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import CheckpointError, InputError, StoreError, WireError
@@ -164,8 +166,8 @@ def test_users_of_many_batches_have_the_same_rows(
 
 def test_no_batch_and_an_empty_batch_give_no_rows(spark, shop: Shop, checkpoint: Checkpoint) -> None:
     empty = pa.RecordBatch.from_pylist([], FOLDED)
-    assert list(fold_users(iter([]), checkpoint, 1)) == []
-    assert list(fold_users(iter([empty]), checkpoint, 1)) == []
+    assert list(fold_users([], Opened(checkpoint), 1)) == []
+    assert list(fold_users([empty], Opened(checkpoint), 1)) == []
 
 
 def test_a_row_of_nulls_erases_what_came_before_it_of_its_user(checkpoint: Checkpoint) -> None:
@@ -178,7 +180,7 @@ def test_a_row_of_nulls_erases_what_came_before_it_of_its_user(checkpoint: Check
     # Each row in a batch of its own, and all in one.
     for batches in ([[r] for r in rows], [rows]):
         records = [pa.RecordBatch.from_pylist(batch, FOLDED) for batch in batches]
-        found = dict(fold_users(iter(records), checkpoint, 1))
+        found = dict(fold_users(records, Opened(checkpoint), 1))
         assert {user: (r.count, r.stamp.offset) for user, r in found.items()} == {"a": (1, 5), "b": (0, 3)}
 
 
