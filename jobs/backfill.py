@@ -55,7 +55,7 @@ def backfill(
     if facts.topic_id is not None:
         bind_topic(rows, checkpoint.checkpoint_id, facts.epoch, facts.topic_id, facts.partitions)
     items = len(checkpoint.fold().table)  # refuse a missing item table here rather than on an executor
-    wanted = _up_to(events, cut)
+    wanted = events_up_to(events, cut)
     expected = sum(offset + 1 for offset in cut.values()) if facts.dense else wanted.count()
     cores = spark.sparkContext.defaultParallelism
     tasks = max(cores, ceil(expected / EVENTS_PER_TASK))
@@ -117,7 +117,7 @@ def _resolve_cut(events: DataFrame, cut: Mapping[int, int] | None) -> dict[int, 
     return {p: cut.get(p, -1) for p in sorted(ends)}
 
 
-def _up_to(events: DataFrame, cut: Mapping[int, int]) -> DataFrame:
+def events_up_to(events: DataFrame, cut: Mapping[int, int]) -> DataFrame:
     """What a fold needs of the records at or below the cut."""
     until = F.create_map(*(F.lit(x) for pair in cut.items() for x in pair))[F.col("partition")]
     return events.where(F.col("offset") <= until).select(
