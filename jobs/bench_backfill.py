@@ -39,7 +39,7 @@ from jobs.bench_backfill_sides import (
 from jobs.bench_load import random_checkpoint
 from jobs.event_log import read_records
 from jobs.local_cluster import SparkCluster, running_cluster
-from jobs.local_servers import running_redis
+from jobs.local_servers import RedisServer, require_redis, running_redis
 from jobs.spark import open_spark
 from models.checkpoint import Checkpoint, Sizes
 from models.errors import VqlError
@@ -57,8 +57,8 @@ class BackfillBench(msgspec.Struct, frozen=True, kw_only=True):
     users: int = 20_000
     length: int = 100
     lengths: tuple[int, ...] = (100, 1_000, 10_000)
-    fold_events: int = 500_000
-    rounds: int = 5
+    fold_events: int = 400_000
+    rounds: int = 3
     executors: int = 2
     executor_mb: int = 2_048
     naive: bool = True
@@ -94,6 +94,7 @@ def run_backfill_bench(plan: BackfillBench, console: Console) -> dict[str, Any]:
     Raises MachineError where Java, Delta's jars or redis-server are missing, VqlError where the sides' rows differ.
     """
     started_s, on = time.monotonic(), machine()
+    require_redis()  # before what takes a while
     with tempfile.TemporaryDirectory(prefix="vql-bench-") as name:
         folder = Path(name)
         checkpoint = random_checkpoint(folder / "checkpoint", plan.sizes)
@@ -108,8 +109,7 @@ def run_backfill_bench(plan: BackfillBench, console: Console) -> dict[str, Any]:
             redis.client() as client,
         ):
             found = {"java": java_and_kafka()["java"], "redis-server": client.info("server")["redis_version"]}
-            store = StoreHandle(state=folder, redis=RedisSettings(url=redis.url))
-            jobs = _on_the_cluster(plan, checkpoint, store, cluster, console)
+            jobs = _on_the_cluster(plan, checkpoint, redis, cluster, console)
     return (
         {"fold": folds}
         | jobs
@@ -147,10 +147,11 @@ def _fold_figures(plan: BackfillBench, checkpoint: Checkpoint, length: int, cons
 
 
 def _on_the_cluster(
-    plan: BackfillBench, checkpoint: Checkpoint, store: StoreHandle, cluster: SparkCluster, console: Console
+    plan: BackfillBench, checkpoint: Checkpoint, redis: RedisServer, cluster: SparkCluster, console: Console
 ) -> dict[str, Any]:
-    """The job, its memory, and the naive way."""
-    folder = store.state
+    """The job, its memory, what its rows cost Redis, and the naive way."""
+    folder = checkpoint.path.parent
+    store = StoreHandle(state=folder, redis=RedisSettings(url=redis.url))
     figures: dict[str, Any] = {}
     with _environment(cluster.environment):
         spark = open_spark(cluster.master, "vql-bench", stage_bars=False)
@@ -159,9 +160,10 @@ def _on_the_cluster(
         backfill(spark, checkpoint, folder / "warm", store, puts_per_s=0)
         store.open().delete_checkpoint(checkpoint.checkpoint_id)
         with _peak_memory(cluster) as memory:
-            began_s = time.monotonic()
+            began_s, busy_s = time.monotonic(), _busy_s(redis)
             done = backfill(spark, checkpoint, folder / "log", store, puts_per_s=0)
             figures["job"] = _speed(plan, done.events, time.monotonic() - began_s)
+            figures["redis_us_per_row"] = round((_busy_s(redis) - busy_s) / done.users * 1e6, 1)
         figures["memory_mb"] = MemoryFigures(java=memory["java"], python=memory["python"])
         console.print(f"job: {figures['job'].events_per_s_per_core:,.0f} events/s of a core", style="dim")
         if plan.naive:
@@ -177,6 +179,13 @@ def _on_the_cluster(
     finally:
         spark.stop()
     return figures
+
+
+def _busy_s(redis: RedisServer) -> float:
+    """The seconds of a core that the server has had."""
+    with redis.client() as client:
+        said = client.info("cpu")
+    return said["used_cpu_user"] + said["used_cpu_sys"]
 
 
 def _speed(plan: BackfillBench, events: int, seconds: float) -> JobFigures:

@@ -214,7 +214,8 @@ def backfill(
     of records in memory. [b]task[/b]: what a task does, from Arrow batches to the bytes of rows. Rows of less than two
     windows (128 events) are raw events, for which nothing is folded.
     [b]job[/b]: all of vql backfill, with scan, shuffle, sort and puts. [b]naive[/b]: groupBy and applyInPandas, without
-    puts. [b]memory_mb[/b]: the most of an executor's Java, and of the Python beside it.
+    puts. [b]memory_mb[/b]: the most of an executor's Java, and of the Python beside it. [b]redis_us_per_row[/b]: what a
+    row costs the server's core, by which --puts-per-s may be chosen.
 
     Example: vql bench backfill --output build/bench/backfill.json
     """

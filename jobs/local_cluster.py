@@ -28,13 +28,9 @@ END_WAIT_S = 30.0
 SPARK_HOME = Path(pyspark.__file__).parent
 SOURCES = Path(__file__).parent.parent
 # Of master and workers, which do little.
-_JVM = (
-    "-Xmx256m",
-    "-XX:+UseSerialGC",
-    "-XX:-UsePerfData",
-    "-XX:TieredStopAtLevel=1",
-    "-Dspark.master.rest.enabled=false",
-)
+_JVM = ("-Xmx256m", "-XX:+UseSerialGC", "-XX:-UsePerfData", "-XX:TieredStopAtLevel=1")
+# Else a master would serve at one port more, always the same.
+_NO_REST = "-Dspark.master.rest.enabled=false"
 # For a driver of this cluster, whoever starts it.
 _DEFAULTS = """
 spark.driver.host 127.0.0.1

@@ -63,7 +63,7 @@ class Backfilling:
         command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         self._shown: list[bytes] = []
         ours, theirs = pty.openpty()
-        environment = os.environ | cluster.environment | {"COLUMNS": "120", "TERM": "xterm"}
+        environment = os.environ | cluster.environment | {"COLUMNS": "160", "TERM": "xterm"}
         self.process = subprocess.Popen(
             command, cwd=state.parent, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True
         )

@@ -33,6 +33,7 @@ def test_a_small_run_gives_every_figure(tmp_path: Path) -> None:
         assert speed["events_per_s_per_core"] * figures["bench"]["executors"] == speed["events_per_s"]
         assert speed["events_per_s"] * speed["seconds"] == pytest.approx(events, rel=0.05)
     assert figures["rows_compared"] == 300
+    assert figures["redis_us_per_row"] > 0
     assert figures["memory_mb"]["java"] > 100
     assert figures["memory_mb"]["python"] > 50
     assert {"pyspark", "redis-server", "java"} <= figures["versions"].keys()
