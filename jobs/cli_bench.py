@@ -208,7 +208,7 @@ def backfill(
     """How many events/s a core folds in a backfill, and the memory of its executors.
 
     Starts its own Spark cluster and redis-server on free ports of 127.0.0.1; needs Java and redis-server. A default run
-    takes about a minute.
+    takes some two minutes.
 
     [b]fold[/b]: one core without Spark, for users of 100, 1,000 and 10,000 events. [b]floor[/b]: the plain numba fold
     of records in memory. [b]task[/b]: what a task does, from Arrow batches to the bytes of rows. Rows of less than two

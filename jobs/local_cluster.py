@@ -74,6 +74,8 @@ def running_cluster(folder: Path, workers: int = 2, memory_mb: int = 1024) -> It
     }
     paths = [str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])]
     daemon = {
+        # Spark's own scripts tell a worker, which starts executors by it.
+        "SPARK_SCALA_VERSION": "2.13",
         # Executors have it from their worker.
         "PYTHONPATH": os.pathsep.join(paths),
     }

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
 from subprocess import Popen
 
@@ -16,8 +17,9 @@ from msgspec.structs import replace
 
 from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
-from jobs.backfill import backfill
+from jobs.backfill import PUTS_PER_S, backfill
 from jobs.backfill_task import fold_users
+from jobs.cli import backfill as backfill_command
 from jobs.ingest import NewLog, ingest
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import CheckpointError, InputError, StoreError, WireError
@@ -229,6 +231,10 @@ def test_a_store_that_fails_under_the_workers_says_so(
     file.write_bytes(b"no database" * 1000)
     with pytest.raises(StoreError, match="it is no online store"):
         backfill(spark, checkpoint, shop.log, store)
+
+
+def test_the_command_and_the_job_have_the_same_pace() -> None:
+    assert signature(backfill_command).parameters["puts_per_s"].default == PUTS_PER_S
 
 
 @pytest.mark.slow
