@@ -132,7 +132,7 @@ def user_name(user: int) -> str:
 
 
 def naive_rows(wanted: DataFrame, checkpoint: Checkpoint) -> DataFrame:
-    """(user id, checksum of the row, events) of every user, by a grouped apply over a backfill's events."""
+    """(user id, checksum of the row's recent part, events) of every user, by a grouped apply over a backfill's events."""
     path = checkpoint.path
 
     def of_one_user(events: pd.DataFrame) -> pd.DataFrame:
@@ -148,15 +148,10 @@ def naive_rows(wanted: DataFrame, checkpoint: Checkpoint) -> DataFrame:
         )
         position = Stamp(epoch=EPOCH, partition=int(events["partition"].iloc[0]), offset=-1)
         row, _ = advance(new_row(using.spec, EPOCH, position.partition), records, position, using)
-        data = encode_row(row)
-        made = {"user_id": events["user_id"].iloc[0], "row": checksum(data.folded, data.recent), "events": len(events)}
+        made = {"user_id": events["user_id"].iloc[0], "row": crc32(encode_row(row).recent), "events": len(events)}
         return pd.DataFrame([made])
 
     return wanted.groupBy("user_id").applyInPandas(of_one_user, "user_id string, row long, events long")
-
-
-def checksum(folded: bytes, recent: bytes) -> int:
-    return crc32(recent, crc32(folded))
 
 
 @lru_cache(maxsize=1)

@@ -19,14 +19,14 @@ import pytest
 from feature_repo.handle import StoreHandle
 from feature_repo.store import Backfill
 from jobs.bench_backfill_sides import user_name, write_log
+from jobs.bench_load import random_checkpoint
 from jobs.local_cluster import SparkCluster, running_cluster
 from jobs.parity import raw_users
-from models.checkpoint import Checkpoint
+from models.checkpoint import Checkpoint, Sizes
 from models.row import decode_row, whole_cache
 from tests.jobs.processes import kill
 from tests.jobs.test_backfill import rows_in
 from tests.jobs.test_backfill_task import assert_is_of
-from tests.small import small_checkpoint
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 
@@ -44,7 +44,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SparkCluster]:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    return small_checkpoint(tmp_path_factory.mktemp("checkpoint") / "c", window=64)
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "c", Sizes())
 
 
 @pytest.fixture(scope="module")
