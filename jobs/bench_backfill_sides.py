@@ -132,7 +132,7 @@ def user_name(user: int) -> str:
 
 
 def naive_rows(wanted: DataFrame, checkpoint: Checkpoint) -> DataFrame:
-    """(user id, checksum of the row's recent part, events) of every user, by a grouped apply over a backfill's events."""
+    """(user id, checksum of the row's recent part, events) of every user, by a grouped apply over these events."""
     path = checkpoint.path
 
     def of_one_user(events: pd.DataFrame) -> pd.DataFrame:
