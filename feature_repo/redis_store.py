@@ -81,6 +81,10 @@ class RedisRows:
         run_out(self.reading(checkpoint_id, user_ids, lambda _, part: rows.extend(part)))
         return rows
 
+    def get_stamps(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[Stamp | None]:
+        stored = self._open().ask([("HGET", key, b"s") for key in row_keys(checkpoint_id, user_ids)])
+        return [None if packed is None else unpacked_stamp(packed) for packed in stored]
+
     def reading(
         self, checkpoint_id: str, user_ids: Sequence[str], take: TakeRows, until_s: float | None = None
     ) -> Generator[None, None, None]:

@@ -15,7 +15,9 @@ import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
-from jobs.backfill import FOLDED, fold_users
+from feature_repo.opened import Opened
+from jobs.backfill import FOLDED
+from jobs.backfill_task import fold_users
 from jobs.event_log import TOMBSTONE, LogFacts, log_facts, standing
 from jobs.spark import read_delta, table_version
 from jobs.user_hash import hashed_user
@@ -126,7 +128,7 @@ def _folder(path: Path, epoch: int) -> Callable[[Iterator[pa.RecordBatch]], Iter
 
         rows: list[dict[str, object]] = []
         size_bytes = 0
-        for place, row in fold_users(watched(), checkpoint, epoch):
+        for place, row in fold_users(watched(), Opened(checkpoint), epoch):
             data = encode_row(row)
             rows.append({"place": place, "folded": data.folded, "recent": data.recent, "later_items": place in later})
             later.discard(place)

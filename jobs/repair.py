@@ -8,21 +8,15 @@ that keeps the wrong row in memory has its next put refused, reads the repaired 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import msgspec
-import pyarrow as pa
 from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
 from feature_repo.handle import StoreHandle
-from feature_repo.store import RowPut, RowStore, whole_put
+from feature_repo.store import RowStore
 from jobs.audited_log import AuditedLog
-from jobs.backfill import FOLDED, fold_users
-from models.checkpoint import Checkpoint, open_checkpoint
-
-PUT_CHUNK = 500
+from jobs.backfill import FOLDED, PUTS_PER_S, write_all
+from jobs.backfill_task import RowTask
+from models.checkpoint import Checkpoint
 
 
 class Repaired(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,10 +34,18 @@ def repair(
     """Publish the rows of these users (user_id) anew; revision_max: the highest of their rows."""
     revision = _claimed(store.open(), checkpoint.checkpoint_id, revision_max)
     events = log.records.join(users, "user_id").selectExpr(*FOLDED)
-    by_user = events.repartition("user_id").sortWithinPartitions("user_id", "offset")
-    task = _putter(checkpoint.path, store, (log.facts.epoch, revision))
-    done = by_user.mapInArrow(task, "users long, newer long").agg(F.sum("users"), F.sum("newer")).collect()[0]
-    put, newer = done[0] or 0, done[1] or 0
+    cores = events.sparkSession.sparkContext.defaultParallelism
+    task = RowTask(
+        checkpoint=checkpoint.path,
+        checkpoint_id=checkpoint.checkpoint_id,
+        items=len(checkpoint.fold().table),
+        store=store,
+        epoch=log.facts.epoch,
+        revision=revision,
+        puts_per_s=PUTS_PER_S / cores,
+    )
+    done = write_all(events, task, cores, events.count())
+    put, newer = done["users"] or 0, done["newer"] or 0
     return Repaired(users=put, rows=put - newer, newer=newer, revision=revision)
 
 
@@ -54,23 +56,3 @@ def _claimed(rows: RowStore, checkpoint_id: str, revision_max: int) -> int:
     if record is not None:
         rows.record_backfill(checkpoint_id, msgspec.structs.replace(record, revision=revision))
     return revision
-
-
-def _putter(
-    path: Path, store: StoreHandle, epoch_and_revision: tuple[int, int]
-) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    def put_task(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        checkpoint = open_checkpoint(path)
-        rows = store.open()
-        users = newer = 0
-        chunk: list[RowPut] = []
-        for user_id, row in fold_users(batches, checkpoint, *epoch_and_revision):
-            users += 1
-            chunk.append(whole_put(user_id, row))
-            if len(chunk) == PUT_CHUNK:
-                newer += rows.put_rows(checkpoint.checkpoint_id, chunk).count(False)
-                chunk = []
-        newer += rows.put_rows(checkpoint.checkpoint_id, chunk).count(False)
-        yield pa.record_batch({"users": [users], "newer": [newer]})
-
-    return put_task

@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 from apache_beam.metrics import Metrics
 
+from feature_repo.patient_rows import PatientRows
 from feature_repo.store import RowStore, row_puts
 from models.errors import InputError, StoreError, TableBehindError, WireError
 from models.row import Advanced, Fold, Row, advance, advance_users, decode_row, new_row
 from models.wire import Stamp
 from pipelines.encode import EncodedBatch
 from pipelines.metrics import process_metrics
-from pipelines.patient_rows import PatientRows
 from pipelines.row_cache import ROW_CACHE_BYTES, RowCache
 from pipelines.worker import CheckpointRef, RowsHandle, opened_checkpoint, opened_row_cache, opened_rows, stop_requested
 
