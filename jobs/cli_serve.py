@@ -14,7 +14,8 @@ LiveCheckpoint = Annotated[
     Path,
     typer.Option(
         "--checkpoint",
-        help="A checkpoint directory, a symbolic link to one, or a file that names one; followed when it changes.",
+        help="A table of releases (the live one), a checkpoint directory, a link to one, or a file that names one; "
+        "followed when it changes.",
     ),
 ]
 

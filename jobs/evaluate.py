@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -42,6 +44,19 @@ class Scores:
     def where(self, chosen_N: np.ndarray) -> Scores:
         """Those of some candidates."""
         return Scores(**{f.name: getattr(self, f.name)[chosen_N] for f in fields(self)})
+
+
+def kept_scores(path: Path, score: Callable[[], Scores]) -> Scores:
+    """The scores in this file (.npz), which is made whole or not at all by `score` when it is not there."""
+    if path.exists():
+        with np.load(path) as kept:
+            return Scores(**kept)
+    scores = score()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(part, **{field.name: getattr(scores, field.name) for field in fields(scores)})
+    part.replace(path)
+    return scores
 
 
 def score_raw(ranker: Ranker, impressions: Sequence[Impression], length: int | None = None) -> Scores:

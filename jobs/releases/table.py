@@ -7,8 +7,10 @@ rankers at once. Who is refused reads again, and judges its step by what is ther
 from __future__ import annotations
 
 import getpass
+import os
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +21,7 @@ from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_a
 
 from jobs.releases.states import Change, Entry, Releases, State
 from models.errors import StoreError
+from models.files import FileVersion, file_version
 
 SCHEMA = pa.schema(
     [
@@ -29,19 +32,21 @@ SCHEMA = pa.schema(
         pa.field("at_ms", pa.int64(), nullable=False),
         pa.field("by", pa.string(), nullable=False),
         pa.field("note", pa.string(), nullable=False),
+        pa.field("against", pa.string()),
     ]
 )
 TRIES, WAIT_S = 20, 0.2
+_LOG = "_delta_log"
+
+Step = Callable[[Releases], Sequence[Change]]
 
 
 def read_releases(path: Path) -> Releases:
     """All of them; none where there is no table. Raises StoreError for one that cannot be read."""
-    return _read(_opened(path))
+    return _read(path, _opened(path))
 
 
-def record(
-    path: Path, step: Callable[[Releases], Sequence[Change]], note: str = "", dry_run: bool = False
-) -> list[Entry]:
+def record(path: Path, step: Step, note: str = "", dry_run: bool = False) -> list[Entry]:
     """The entries that the step adds to what is there, written in one commit unless it is a dry run.
 
     Raises what `step` raises, and StoreError for a table that cannot be written.
@@ -52,22 +57,62 @@ def record(
     try:
         return turns(_record_once, path, step, note, dry_run)
     except RetryError as error:
-        raise StoreError(f"the releases cannot be written to {path}: others came first {TRIES} times") from error
+        last = error.last_attempt.exception()
+        raise StoreError(f"the releases cannot be written to {path}: refused {TRIES} times, at last: {last}") from last
     except (DeltaError, OSError) as error:
         raise StoreError(f"the releases cannot be written to {path}: {error}") from error
 
 
-def _record_once(path: Path, step: Callable[[Releases], Sequence[Change]], note: str, dry_run: bool) -> list[Entry]:
+def is_releases(path: Path) -> bool:
+    """Whether the path is such a table, and not a checkpoint."""
+    return (path / _LOG).is_dir()
+
+
+def live_release(path: Path) -> Entry | None:
+    """What is live, for those who ask every second: the table is read only when it has a commit more than last time.
+
+    Raises StoreError for a table that cannot be read.
+    """
+    try:
+        # A commit's file is written once, whole, and the newest has the greatest name.
+        newest = max((commit.name for commit in (path / _LOG).glob("[0-9]*.json")), default=None)
+    except OSError as error:
+        raise StoreError(f"the releases at {path} cannot be read: {error}") from error
+    return None if newest is None else _live_as_of(path, newest, file_version(path / _LOG / newest))
+
+
+@lru_cache(maxsize=8)
+def _live_as_of(path: Path, newest: str, version: FileVersion | None) -> Entry | None:
+    return read_releases(path).live
+
+
+def _record_once(path: Path, step: Step, note: str, dry_run: bool) -> list[Entry]:
     table = _opened(path)
-    before = _read(table)
-    now_ms, by = time.time_ns() // 1_000_000, getpass.getuser()
+    before = _read(path, table)
+    now_ms, by = time.time_ns() // 1_000_000, _operator()
     added = [
-        Entry(checkpoint_id=entry.checkpoint_id, path=entry.path, state=state, at_ms=now_ms, by=by, note=note)
-        for entry, state in step(before)
+        Entry(
+            checkpoint_id=change.checkpoint_id,
+            path=change.path,
+            state=change.to,
+            at_ms=now_ms,
+            by=by,
+            note=note,
+            against=change.against,
+        )
+        for change in step(before)
     ]
     if added and not dry_run:
         _write(path, table, [*before.entries, *added])
     return added
+
+
+def _operator() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        # In a container, whose user has no name.
+        return f"uid {os.getuid()}"
 
 
 def _opened(path: Path) -> DeltaTable | None:
@@ -79,11 +124,14 @@ def _opened(path: Path) -> DeltaTable | None:
         raise StoreError(f"the releases at {path} cannot be read: {error}") from error
 
 
-def _read(table: DeltaTable | None) -> Releases:
+def _read(path: Path, table: DeltaTable | None) -> Releases:
     if table is None:
         return Releases()
-    rows = table.to_pyarrow_table().sort_by("place").drop_columns("place").to_pylist()
-    return Releases(tuple(Entry(**row | {"state": State(row["state"])}) for row in rows))
+    try:
+        rows = table.to_pyarrow_table().sort_by("place").drop_columns("place").to_pylist()
+        return Releases(tuple(Entry(**row | {"state": State(row["state"])}) for row in rows))
+    except (DeltaError, OSError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"the releases at {path} cannot be read: {error}") from error
 
 
 def _write(path: Path, table: DeltaTable | None, entries: Sequence[Entry]) -> None:

@@ -1,6 +1,7 @@
 """The live checkpoint: what a path names now. A new one is loaded beside the old one and swapped whole.
 
-The path is a checkpoint directory, a symbolic link to one, or a file whose one line names one (relative to the file).
+The path is a table of releases, whose live one it is; or a checkpoint directory, a symbolic link to one, or a file
+whose one line names one (relative to the file).
 A batch takes the scorer once, so all of it is answered by one checkpoint. Item tables that have grown are seen the
 same way.
 """
@@ -10,16 +11,25 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
+from jobs.releases.table import is_releases, live_release
 from jobs.scoring import Scorer
 from models.errors import CheckpointError, VqlError
 from models.files import FileVersion, file_version
 
 LOOK_EVERY_S = 1.0
 _LINE_BYTES = 4096
-_Version = tuple[Path, tuple[FileVersion | None, ...]]
+
+
+class Version(NamedTuple):
+    """What a path names now. checkpoint_id: of a release; a path by itself may name any."""
+
+    folder: Path
+    files: tuple[FileVersion | None, ...]
+    checkpoint_id: str | None = None
 
 
 class LiveScorer:
@@ -35,7 +45,7 @@ class LiveScorer:
         self._path, self._load = path, load
         self._turn = threading.Lock()
         self._seen = version_of(path)
-        self.scorer = load(self._seen[0])
+        self.scorer = self._loaded(self._seen)
         self.problem: str | None = None
         structlog.get_logger().info("checkpoint loaded", checkpoint_id=self.scorer.checkpoint_id)
 
@@ -47,7 +57,7 @@ class LiveScorer:
                 if version == self._seen:
                     self.problem = None
                     return False
-                fresh = self._load(version[0])
+                fresh = self._loaded(version)
                 # A checkpoint is backfilled before it goes live: without rows, every user would lose the history.
                 fresh.reader.require_filled()
                 # Files that changed meanwhile may be read half from each state.
@@ -62,14 +72,29 @@ class LiveScorer:
         structlog.get_logger().info("checkpoint swapped", checkpoint_id=fresh.checkpoint_id, before=old.checkpoint_id)
         return True
 
+    def _loaded(self, version: Version) -> Scorer:
+        scorer = self._load(version.folder)
+        if version.checkpoint_id not in (None, scorer.checkpoint_id):
+            raise CheckpointError(
+                f"release {version.checkpoint_id} is live, and {version.folder} holds checkpoint "
+                f"{scorer.checkpoint_id}; put the release's own back"
+            )
+        return scorer
 
-def version_of(path: Path) -> _Version:
+
+def version_of(path: Path) -> Version:
     """The directory that the path names, and the times and inodes of what tells one state of it from another.
 
-    Raises CheckpointError for a path that names none.
+    Raises CheckpointError for a path that names none, StoreError for a table of releases that cannot be read.
     """
-    folder = _folder(path)
-    return folder, tuple(file_version(folder / name) for name in ("manifest.json", "items/items.json"))
+    release = None
+    if is_releases(path):
+        release = live_release(path)
+        if release is None:
+            raise CheckpointError(f"none of the releases {path} is live; run vql release promote")
+    folder = _folder(path if release is None else Path(release.path))
+    files = tuple(file_version(folder / name) for name in ("manifest.json", "items/items.json"))
+    return Version(folder, files, None if release is None else release.checkpoint_id)
 
 
 def _folder(path: Path) -> Path:
