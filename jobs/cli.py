@@ -259,18 +259,22 @@ def train(
 
 @app.command("encode-items")
 def encode_items(
-    checkpoint: CheckpointPath,
+    checkpoint: Annotated[
+        Path, typer.Option(resolve_path=True, help="A checkpoint, or a table of releases: all that are not retired.")
+    ],
     log: Log,
     master: Master = LOCAL,
 ) -> None:
     """Add the log's new items to the checkpoint's item table: a code per group and a value per head."""
     from jobs.encode_items import encode_items as run
+    from jobs.releases.table import checkpoint_paths
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
 
-    opened = open_checkpoint(checkpoint)
-    added, total = run(open_spark(master), opened, log)
-    say(f"{added:,} items added; the table holds {total:,}")
+    paths = checkpoint_paths(checkpoint)
+    for path in paths:
+        added, total = run(open_spark(master), open_checkpoint(path), log)
+        say(f"{added:,} items added; the table holds {total:,}" + ("" if paths == [checkpoint] else f": {path}"))
 
 
 @app.command()

@@ -23,6 +23,17 @@ LiveCheckpoint = Annotated[
 def serve(
     checkpoint: LiveCheckpoint,
     state: State,
+    shadow: Annotated[
+        Path | None,
+        typer.Option(
+            help="A table of releases (the newest in the state shadow), or a checkpoint: asked too after the answer is "
+            "given, and compared in the metrics vql_shadow_*."
+        ),
+    ] = None,
+    shadow_share: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of the requests that the shadow is asked, by a hash of users."),
+    ] = 0.01,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for callers outside.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free port, which is logged.")] = 8000,
     batch_users: Annotated[int, typer.Option(min=1, help="Users of a batch, at most.")] = 32,
@@ -61,6 +72,7 @@ def serve(
     from jobs.scoring import MEANS, placed
     from jobs.serving.batches import BatchRules
     from jobs.serving.server import ServePlan, run_server
+    from jobs.serving.shadow import ShadowPlan
 
     run_server(
         ServePlan(
@@ -73,5 +85,6 @@ def serve(
             limits=ReadLimits(deadline_s=deadline_ms / 1000, kept_bytes=kept_mb << 20),
             linger_s=linger,
             drain_s=drain,
+            shadow=None if shadow is None else ShadowPlan(path=shadow.absolute(), share=shadow_share),
         )
     )

@@ -93,7 +93,7 @@ def backfill(operation: Operation, name: str, store: StoreHandle, run: Callable[
 
 
 def shadow(operation: Operation, name: str, rows: RowStore) -> list[Entry]:
-    """Its rows are there and kept up to date, so it may be scored beside the live one. Raises StoreError for no rows."""
+    """Its rows are there and kept up to date: it may be scored beside the live one. Raises StoreError for no rows."""
     return operation.record(lambda now: _filled(stepped(now, name, State.SHADOW), rows))
 
 

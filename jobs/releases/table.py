@@ -68,22 +68,33 @@ def is_releases(path: Path) -> bool:
     return (path / _LOG).is_dir()
 
 
-def live_release(path: Path) -> Entry | None:
-    """What is live, for those who ask every second: the table is read only when it has a commit more than last time.
+def newest_release(path: Path, state: State) -> Entry | None:
+    """The release that came into this state last, of those that are in it.
 
-    Raises StoreError for a table that cannot be read.
+    For those who ask every second: the table is read only when it has a commit more than last time. Raises StoreError
+    for a table that cannot be read.
     """
     try:
         # A commit's file is written once, whole, and the newest has the greatest name.
         newest = max((commit.name for commit in (path / _LOG).glob("[0-9]*.json")), default=None)
     except OSError as error:
         raise StoreError(f"the releases at {path} cannot be read: {error}") from error
-    return None if newest is None else _live_as_of(path, newest, file_version(path / _LOG / newest))
+    if newest is None:
+        return None
+    current = _as_of(path, newest, file_version(path / _LOG / newest)).current.values()
+    return max((entry for entry in current if entry.state == state), key=lambda entry: entry.at_ms, default=None)
 
 
 @lru_cache(maxsize=8)
-def _live_as_of(path: Path, newest: str, version: FileVersion | None) -> Entry | None:
-    return read_releases(path).live
+def _as_of(path: Path, newest: str, version: FileVersion | None) -> Releases:
+    return read_releases(path)
+
+
+def checkpoint_paths(path: Path) -> list[Path]:
+    """The checkpoints of a table of releases that are not retired; of a checkpoint, itself."""
+    if not is_releases(path):
+        return [path]
+    return [Path(e.path) for e in read_releases(path).current.values() if e.state != State.RETIRED]
 
 
 def _record_once(path: Path, step: Step, note: str, dry_run: bool) -> list[Entry]:

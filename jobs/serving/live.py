@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import structlog
 
-from jobs.releases.table import is_releases, live_release
+from jobs.releases.states import State
+from jobs.releases.table import is_releases, newest_release
 from jobs.scoring import Scorer
 from models.errors import CheckpointError, VqlError
 from models.files import FileVersion, file_version
@@ -35,16 +36,18 @@ class Version(NamedTuple):
 class LiveScorer:
     """`scorer` is the live one; `look` swaps it. Reading it is safe from any thread.
 
-    load: from a checkpoint's directory to a scorer that is warm.
+    load: from a checkpoint's directory to a scorer that is warm. named: version_of or shadow_version.
     Raises CheckpointError, or what `load` raises, when there is no first one.
     """
 
-    def __init__(self, path: Path, load: Callable[[Path], Scorer]) -> None:
+    def __init__(
+        self, path: Path, load: Callable[[Path], Scorer], named: Callable[[Path], Version] | None = None
+    ) -> None:
         # A scorer that was swapped out is not closed: a batch may still use it. Its threads and connections end when
         # the last such batch lets it go.
-        self._path, self._load = path, load
+        self._path, self._load, self._named = path, load, named or version_of
         self._turn = threading.Lock()
-        self._seen = version_of(path)
+        self._seen = self._named(path)
         self.scorer = self._loaded(self._seen)
         self.problem: str | None = None
         structlog.get_logger().info("checkpoint loaded", checkpoint_id=self.scorer.checkpoint_id)
@@ -53,7 +56,7 @@ class LiveScorer:
         """Whether the scorer was swapped. What cannot be loaded is logged and tried again at the next look."""
         with self._turn:
             try:
-                version = version_of(self._path)
+                version = self._named(self._path)
                 if version == self._seen:
                     self.problem = None
                     return False
@@ -61,7 +64,7 @@ class LiveScorer:
                 # A checkpoint is backfilled before it goes live: without rows, every user would lose the history.
                 fresh.reader.require_filled()
                 # Files that changed meanwhile may be read half from each state.
-                if version_of(self._path) != version:
+                if self._named(self._path) != version:
                     return False
             except (VqlError, OSError) as error:
                 if str(error) != self.problem:
@@ -87,14 +90,28 @@ def version_of(path: Path) -> Version:
 
     Raises CheckpointError for a path that names none, StoreError for a table of releases that cannot be read.
     """
-    release = None
-    if is_releases(path):
-        release = live_release(path)
-        if release is None:
-            raise CheckpointError(f"none of the releases {path} is live; run vql release promote")
-    folder = _folder(path if release is None else Path(release.path))
+    if not is_releases(path):
+        return _version(path)
+    release = newest_release(path, State.LIVE)
+    if release is None:
+        raise CheckpointError(f"none of the releases {path} is live; run vql release promote")
+    return _version(Path(release.path), release.checkpoint_id)
+
+
+def shadow_version(path: Path) -> Version:
+    """The same of what is to be scored beside the live one: of releases, the newest that is shadow."""
+    if not is_releases(path):
+        return _version(path)
+    release = newest_release(path, State.SHADOW)
+    if release is None:
+        raise CheckpointError(f"none of the releases {path} is shadow")
+    return _version(Path(release.path), release.checkpoint_id)
+
+
+def _version(path: Path, checkpoint_id: str | None = None) -> Version:
+    folder = _folder(path)
     files = tuple(file_version(folder / name) for name in ("manifest.json", "items/items.json"))
-    return Version(folder, files, None if release is None else release.checkpoint_id)
+    return Version(folder, files, checkpoint_id)
 
 
 def _folder(path: Path) -> Path:

@@ -11,7 +11,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +19,7 @@ import structlog
 import torch
 import uvicorn
 from fastapi import HTTPException
+from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feature_repo.handle import StoreHandle
@@ -31,6 +32,7 @@ from jobs.serving.batches import Batcher, BatchRules
 from jobs.serving.live import LiveScorer
 from jobs.serving.messages import BODY_BYTES_MAX
 from jobs.serving.metrics import ServeMetrics
+from jobs.serving.shadow import Shadow, ShadowPlan
 from models.checkpoint import open_checkpoint
 from models.errors import InputError
 
@@ -50,6 +52,7 @@ class ServePlan:
     limits: ReadLimits
     linger_s: float
     drain_s: float
+    shadow: ShadowPlan | None = None
 
 
 def run_server(plan: ServePlan) -> None:
@@ -61,7 +64,8 @@ def run_server(plan: ServePlan) -> None:
         metrics = ServeMetrics()
         live = LiveScorer(plan.checkpoint_path, _loader(plan, ReaderMetrics(metrics.registry)))
         batcher = Batcher(lambda asked: live.scorer.score(asked), plan.rules)
-        serving = Serving(live=live, batcher=batcher, metrics=metrics)
+        shadow = None if plan.shadow is None else Shadow(plan.shadow, _shadow_loader(plan), metrics)
+        serving = Serving(live=live, batcher=batcher, metrics=metrics, shadow=shadow)
         server = _Server(serving, plan)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         server.run(sockets=[bound])
@@ -77,6 +81,11 @@ def _loader(plan: ServePlan, metrics: ReaderMetrics) -> Callable[[Path], Scorer]
         return scorer
 
     return load
+
+
+def _shadow_loader(plan: ServePlan) -> Callable[[Path], Scorer]:
+    """What its reader counts is not to be taken for the live one's, and it keeps no rows: nobody waits for it."""
+    return _loader(replace(plan, limits=replace(plan.limits, kept_bytes=0)), ReaderMetrics(CollectorRegistry()))
 
 
 def _warm_up(scorer: Scorer) -> None:
