@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from feature_repo.reader import ABSENT, DAMAGED, FOREIGN, FRESH, LATE, REGRESSED, Read
 from feature_repo.reader_metrics import ReaderMetrics
-from jobs.scoring import Scored
+from jobs.scoring import Scored, Scores
 from jobs.serving.app import _PROBLEMS
 from jobs.serving.batches import Ranked
 from jobs.serving.metrics import ServeMetrics
@@ -68,6 +68,9 @@ def _ranker() -> CollectorRegistry:
     metrics.went_live("c")
     for status in (200, 500, *_PROBLEMS):
         metrics.requests.labels(status)
+    for outcome in ("scored", "dropped", "failed"):
+        metrics.shadow_requests.labels(outcome)
+    metrics.shadowed(Scores(checkpoint_id="s", users=users, read_s=0, score_s=0), 0.001, [0.9])
     ReaderMetrics(metrics.registry).read(dict.fromkeys(outcomes(), 1), 1, 0.001)
     return metrics.registry
 

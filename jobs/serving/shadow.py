@@ -110,14 +110,14 @@ class Shadow:
         start_s = time.perf_counter()
         try:
             scores = scorer.score(asked)
+            seconds = time.perf_counter() - start_s
+            pairs = zip(ranked.users, scores.users, strict=True)
+            found = [rank_correlation(live.scores, other.scores) for live, other in pairs if len(live.scores) > 1]
+            self._metrics.shadowed(scores, seconds, found)
         except Exception as error:
+            # Whatever it is, the live one is not concerned.
             self._metrics.shadow_requests.labels("failed").inc()
             structlog.get_logger().warning("the shadow could not be asked", error=str(error))
-            return
-        pairs = [(live.scores, shadow.scores) for live, shadow in zip(ranked.users, scores.users, strict=True)]
-        self._metrics.shadowed(
-            scores, time.perf_counter() - start_s, [rank_correlation(*pair) for pair in pairs if len(pair[0]) > 1]
-        )
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:

@@ -94,7 +94,6 @@ def test_it_is_asked_what_was_asked_and_compared(pair, scorer_of) -> None:
     )
     assert value(metrics, "vql_shadow_users_total", history="fresh") == len(user_ids())
     assert value(metrics, "vql_shadow_users_total", history="absent") == 1
-    # What is asked anew of the live one by itself is no comparison.
     assert not shadow._thread.is_alive()
 
 
@@ -119,7 +118,7 @@ def test_what_does_not_fit_is_dropped_and_nobody_waits(pair, scorer_of) -> None:
 def test_a_share_of_the_users_is_asked_always_the_same_ones(pair, scorer_of) -> None:
     metrics = ServeMetrics()
     live = scorer_of(pair[0].path)
-    asked, ranked = answered(live, "u1")
+    _, ranked = answered(live, "u1")
     shadow = Shadow(ShadowPlan(path=pair[1].path, share=0.25), scorer_of, metrics)
     for n in range(400):
         shadow.offer([Asked(user_id=f"user{n % 200}", item_ids=CANDIDATES, now_ms=NOW_MS)], ranked)
@@ -163,11 +162,8 @@ def test_a_shadow_that_fails_is_counted_and_asked_again(pair, scorer_of, store: 
     metrics = ServeMetrics()
     shadow = Shadow(ShadowPlan(path=second.path, share=1.0), scorer_of, metrics)
     asked, ranked = answered(scorer_of(first.path), "u1")
-    broken = Ranked(
-        checkpoint_id=ranked.checkpoint_id, users=ranked.users, wait_s=0, read_s=0, score_s=0, batch_users=1
-    )
-    bad = [Asked(user_id="u1", item_ids=[], now_ms=NOW_MS)]
-    shadow.offer(bad, broken)
+    # Two users, and the answer of one.
+    shadow.offer([*asked, *asked], ranked)
     shadow.offer(asked, ranked)
     wait_until(lambda: value(metrics, "vql_shadow_requests_total", outcome="scored") == 1)
     assert value(metrics, "vql_shadow_requests_total", outcome="failed") == 1
