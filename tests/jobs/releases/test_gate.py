@@ -155,17 +155,18 @@ def shops(spark, shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     take(spark, purchases(range(DAYS, DAYS + NEW_DAYS)), folder / "log")
     live = open_checkpoint(folder / "live")
     rng = np.random.default_rng(0)
-    noise = {name: rng.normal(size=a.shape).astype(a.dtype) for name, a in live.tensors().items()}
-    near = {name: a + (0.01 * a.std() * noise[name]).astype(a.dtype) for name, a in live.tensors().items()}
+    learned = {name: a for name, a in live.tensors().items() if a.dtype == np.float32 and a.ndim}
+    noise = {name: rng.normal(size=a.shape).astype(a.dtype) for name, a in learned.items()}
+    near = {name: a + (0.01 * a.std() * noise[name]).astype(a.dtype) for name, a in learned.items()}
     for name, tensors in (("near", near), ("noise", noise)):
         encode_items(spark, beside(live, folder / name, tensors), folder / "log")
     return {name: folder / name for name in ("log", "work", "live", "near", "noise")}
 
 
 def beside(checkpoint: Checkpoint, path: Path, tensors: dict[str, np.ndarray]) -> Checkpoint:
-    """Another one of the same training, with other parameters and no item table."""
+    """Another one of the same training, with these parameters in place of its own, and no item table."""
     vocabularies = {field: checkpoint.vocabulary(field) for field in checkpoint.manifest.fields}
-    return write_checkpoint(path, checkpoint.manifest, tensors, vocabularies)
+    return write_checkpoint(path, checkpoint.manifest, checkpoint.tensors() | tensors, vocabularies)
 
 
 pytest_spark = pytest.mark.spark
@@ -303,6 +304,6 @@ def test_what_was_scored_is_kept(spark, shops: dict[str, Path], tmp_path: Path) 
 @pytest_spark
 def test_a_checkpoint_without_an_item_table_is_named(spark, shops: dict[str, Path], tmp_path: Path) -> None:
     live = open_checkpoint(shops["live"])
-    bare = beside(live, tmp_path / "bare", live.tensors())
+    bare = beside(live, tmp_path / "bare", {})
     with pytest.raises(CheckpointError, match="holds no item table; run: vql encode-items"):
         compare(spark, bare, None, shops["log"], Question(), shops["work"])
