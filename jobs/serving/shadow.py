@@ -10,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Full, Queue
@@ -62,12 +63,10 @@ class Shadow:
 
     def close(self) -> None:
         """What waits is let go."""
-        while True:
-            try:
-                self._queue.put_nowait(None)
-                break
-            except Full:
+        with suppress(Empty):
+            while True:
                 self._queue.get_nowait()
+        self._queue.put(None)
         self._thread.join(timeout=10)
 
     def _run(self) -> None:
