@@ -234,6 +234,17 @@ def test_a_backfill_whose_release_was_retired_meanwhile_says_what_to_delete(
     assert retire(operation, checkpoint.checkpoint_id, store.open(), idle_s=300) == ([], USERS)
 
 
+@pytest.mark.spark
+def test_items_are_encoded_for_all_releases_but_the_retired(
+    vql, spark, operation: Operation, own_shop: Shop, second: Checkpoint
+) -> None:
+    for path in (own_shop.checkpoint, second.path):
+        add(operation, path)
+    record(operation.table, lambda now: retired(now, second.checkpoint_id))
+    said = vql("encode-items", "--checkpoint", operation.table, "--log", own_shop.log)
+    assert (said.code, said.out) == (0, f"0 items added; the table holds 25: {own_shop.checkpoint}\n")
+
+
 def test_the_overview_counts_rows_and_what_they_are_behind(
     operation: Operation, first: Checkpoint, second: Checkpoint, store: StoreHandle
 ) -> None:
