@@ -9,10 +9,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
-from jobs.encode_items import encode_items
+from jobs.encode_items import encode_table
 from jobs.evaluate import Quality, Scores, quality
 from jobs.releases.gate import MARGIN, Bytes, Gaps, Report, Side, compare, judge
 from jobs.releases.held_out import Question, held_out, in_words_of, trained_until_ms
@@ -23,6 +24,8 @@ from jobs.train import DAY_MS
 from models.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from models.diagnostics import Usage
 from models.errors import CheckpointError, InputError
+from models.item_table import append_segments
+from models.load import load_ranker
 from tests.jobs.commands import assert_one_line
 from tests.jobs.releases.way import take_live
 from tests.jobs.tiny import DAYS, ITEMS, USERS, Shop, purchases, take
@@ -159,7 +162,7 @@ def shops(spark, shop: Shop, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     noise = {name: rng.normal(size=a.shape).astype(a.dtype) for name, a in learned.items()}
     near = {name: a + (0.01 * a.std() * noise[name]).astype(a.dtype) for name, a in learned.items()}
     for name, tensors in (("near", near), ("noise", noise)):
-        encode_items(spark, beside(live, folder / name, tensors), folder / "log")
+        encode_alike(beside(live, folder / name, tensors), live)
     return {name: folder / name for name in ("log", "work", "live", "near", "noise")}
 
 
@@ -167,6 +170,17 @@ def beside(checkpoint: Checkpoint, path: Path, tensors: dict[str, np.ndarray]) -
     """Another one of the same training, with these parameters in place of its own, and no item table."""
     vocabularies = {field: checkpoint.vocabulary(field) for field in checkpoint.manifest.fields}
     return write_checkpoint(path, checkpoint.manifest, checkpoint.tensors() | tensors, vocabularies)
+
+
+def encode_alike(checkpoint: Checkpoint, other: Checkpoint) -> None:
+    """An item table of the items of the other's."""
+    table = other.fold().table
+    ranker = load_ranker(checkpoint, table.feature_MF, table.cell_MQ)
+    checkpoint.items_path.mkdir()
+    segment = checkpoint.items_path / "all.parquet"
+    item_ids = ["", *sorted(table.index, key=lambda item_id: table.index[item_id])]
+    pq.write_table(encode_table(ranker, item_ids, table.feature_MF), segment)
+    append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [segment])
 
 
 pytest_spark = pytest.mark.spark
