@@ -58,9 +58,11 @@ def record(path: Path, step: Step, note: str = "", dry_run: bool = False) -> lis
         return turns(_record_once, path, step, note, dry_run)
     except RetryError as error:
         last = error.last_attempt.exception()
-        raise StoreError(f"the releases cannot be written to {path}: refused {TRIES} times, at last: {last}") from last
+        raise StoreError(
+            f"the releases cannot be written to {path}: refused {TRIES} times, at last: {_said(last)}"
+        ) from last
     except (DeltaError, OSError) as error:
-        raise StoreError(f"the releases cannot be written to {path}: {error}") from error
+        raise StoreError(f"the releases cannot be written to {path}: {_said(error)}") from error
 
 
 def is_releases(path: Path) -> bool:
@@ -78,7 +80,7 @@ def newest_release(path: Path, state: State) -> Entry | None:
         # A commit's file is written once, whole, and the newest has the greatest name.
         newest = max((commit.name for commit in (path / _LOG).glob("[0-9]*.json")), default=None)
     except OSError as error:
-        raise StoreError(f"the releases at {path} cannot be read: {error}") from error
+        raise StoreError(f"the releases at {path} cannot be read: {_said(error)}") from error
     if newest is None:
         return None
     current = _as_of(path, newest, file_version(path / _LOG / newest)).current.values()
@@ -118,6 +120,11 @@ def _record_once(path: Path, step: Step, note: str, dry_run: bool) -> list[Entry
     return added
 
 
+def _said(error: BaseException | None) -> str:
+    """Its first line: what follows in Delta's errors is a stack."""
+    return next(iter(str(error).splitlines()), "")
+
+
 def _operator() -> str:
     try:
         return getpass.getuser()
@@ -132,7 +139,7 @@ def _opened(path: Path) -> DeltaTable | None:
     except TableNotFoundError:
         return None
     except (DeltaError, OSError) as error:
-        raise StoreError(f"the releases at {path} cannot be read: {error}") from error
+        raise StoreError(f"the releases at {path} cannot be read: {_said(error)}") from error
 
 
 def _read(path: Path, table: DeltaTable | None) -> Releases:
@@ -142,7 +149,7 @@ def _read(path: Path, table: DeltaTable | None) -> Releases:
         rows = table.to_pyarrow_table().sort_by("place").drop_columns("place").to_pylist()
         return Releases(tuple(Entry(**row | {"state": State(row["state"])}) for row in rows))
     except (DeltaError, OSError, KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"the releases at {path} cannot be read: {error}") from error
+        raise StoreError(f"the releases at {path} cannot be read: {_said(error)}") from error
 
 
 def _write(path: Path, table: DeltaTable | None, entries: Sequence[Entry]) -> None:

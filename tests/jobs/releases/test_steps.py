@@ -145,7 +145,7 @@ def test_the_state_is_written_before_anything_is_deleted(
 def test_a_retire_that_is_killed_while_it_deletes_deletes_the_rest_when_run_again(
     vql, operation: Operation, first: Checkpoint, second: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    many = 60_000
+    many = 30_000
     (tmp_path / "redis").mkdir()
     (tmp_path / "state").mkdir()
     take_to_shadow(operation.table, first.checkpoint_id, first.path)
