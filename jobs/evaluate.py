@@ -76,7 +76,9 @@ def score_cached(ranker: Ranker, reader: Reader, impressions: Sequence[Impressio
 
 def quality(scores: Scores) -> Quality:
     """The three figures of a set of scores."""
-    probability_N = 1 / (1 + np.exp(-scores.logit_N.astype(np.float64)))
+    # A logit under -709 has a probability of 0.
+    with np.errstate(over="ignore"):
+        probability_N = 1 / (1 + np.exp(-scores.logit_N.astype(np.float64)))
     return Quality(
         auc=float(roc_auc_score(scores.label_N, scores.logit_N)),
         gauc=group_auc(scores),

@@ -123,6 +123,10 @@ def test_differences_of_auc_and_logloss_are_those_of_the_figures_with_an_interva
     assert loss.mean == pytest.approx(
         log_loss(better.label_N, probability[0]) - log_loss(worse.label_N, probability[1])
     )
+    # Of a logit that no float64 can tell from certainty, as the figure has it.
+    sure = replace(worse, logit_N=worse.logit_N * 2000)
+    found = difference_of_logloss(sure, worse).mean
+    assert found == pytest.approx(quality(sure).logloss - quality(worse).logloss)
     for gap in (auc, loss):
         assert gap.low < gap.mean < gap.high
         assert 0.02 < gap.high - gap.low < 0.4
