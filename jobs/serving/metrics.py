@@ -87,12 +87,12 @@ class ServeMetrics:
 
     def shadowed(self, scores: Scores, seconds: float, correlations: Sequence[float]) -> None:
         """A request that the shadow was asked too; a correlation for each user with candidates to put in order."""
-        self.shadow_requests.labels("scored").inc()
         for history, users in Counts(user.history for user in scores.users).items():
             self._shadow_users.labels(history).inc(users)
         self._shadow_seconds.observe(seconds)
         for correlation in correlations:
             self._shadow_correlation.observe(correlation)
+        self.shadow_requests.labels("scored").inc()
 
 
 class _LiveCheckpoint(Collector):

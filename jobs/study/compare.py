@@ -111,7 +111,7 @@ def _of_users(gain_U: np.ndarray, weight_U: np.ndarray, drawn: np.ndarray) -> Di
 
 
 def _losses(scores: Scores) -> np.ndarray:
-    """log(1 + exp(-logit)) of positives, log(1 + exp(logit)) of negatives; at most that of one that float64 excludes."""
+    """log(1 + exp(-logit)) of positives, log(1 + exp(logit)) of negatives; at most what float64 can tell."""
     losses = np.logaddexp(0, np.where(scores.label_N == 1, -1.0, 1.0) * scores.logit_N.astype(np.float64))
     return np.minimum(losses, -np.log(np.finfo(np.float64).eps))
 
