@@ -160,7 +160,6 @@ def _side(checkpoint: Checkpoint, asked: HeldOut, question: Question, work: Path
     fold = checkpoint.fold()
     table, manifest = fold.table, checkpoint.manifest
     impressions = in_words_of(checkpoint, table, asked)
-    known = np.count_nonzero(table.lookup(asked.item_ids) != UNKNOWN)
     # A table that has grown gives other scores.
     name = digest([checkpoint.checkpoint_id, len(table), asked.digest, question.length])
     score = _scorer(checkpoint, fold, impressions, question.length)
@@ -175,7 +174,7 @@ def _side(checkpoint: Checkpoint, asked: HeldOut, question: Question, work: Path
         above_chance=above,
         usage=[] if manifest.diagnostics is None else manifest.diagnostics.usage,
         row_bytes=_row_bytes(impressions, fold),
-        unknown_items=1 - known / len(asked.item_ids),
+        unknown_items=float(np.mean(table.lookup(asked.item_ids) == UNKNOWN)),
     )
     return side, scores
 
