@@ -42,6 +42,7 @@ from jobs.cli_options import (
     offsets,
     pairs,
 )
+from jobs.cli_release import app as release
 from jobs.cli_serve import serve
 from jobs.cli_size import size
 from jobs.cli_stream import stream
@@ -57,6 +58,7 @@ app = typer.Typer(
     help="A streaming per-codeword cache that gives rankers attention over a user's whole history.\n\n"
     "The way of an event: [b]ingest[/b] (files to the log), [b]train[/b] (log to checkpoint), [b]encode-items[/b], "
     "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]serve[/b] (scores over HTTP). "
+    "[b]release[/b] takes a checkpoint to rankers in steps: judged, backfilled, live, and back. "
     "[b]rank[/b] shows one user; [b]demo[/b] goes all of it; [b]data[/b] makes logs of public data sets, "
     "[b]evaluate[/b] compares models on one, [b]inspect[/b] shows a checkpoint. "
     "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store, [b]audit[/b] which "
@@ -65,6 +67,7 @@ app = typer.Typer(
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
+app.add_typer(release, name="release")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -201,6 +204,10 @@ def train(
     ] = "0",
     seed: int = 0,
     log_version: Annotated[int | None, typer.Option(help="Delta version of the log to read; newest if absent.")] = None,
+    before_ms: Annotated[
+        int | None,
+        typer.Option(help="Train on events before this time alone, Unix ms: vql release gate needs later ones."),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
     device: Annotated[
         str, typer.Option(help="cpu, or cuda: a GPU, with the products outside of attention in bfloat16.")
@@ -241,6 +248,7 @@ def train(
         patience=patience,
         seed=seed,
         log_version=log_version,
+        before_ms=before_ms,
         category_code=category_code or UNSET,
         device=UNSET if device == "cpu" else device,
     )
@@ -252,18 +260,22 @@ def train(
 
 @app.command("encode-items")
 def encode_items(
-    checkpoint: CheckpointPath,
+    checkpoint: Annotated[
+        Path, typer.Option(resolve_path=True, help="A checkpoint, or a table of releases: all that are not retired.")
+    ],
     log: Log,
     master: Master = LOCAL,
 ) -> None:
     """Add the log's new items to the checkpoint's item table: a code per group and a value per head."""
     from jobs.encode_items import encode_items as run
+    from jobs.releases.table import checkpoint_paths
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
 
-    opened = open_checkpoint(checkpoint)
-    added, total = run(open_spark(master), opened, log)
-    say(f"{added:,} items added; the table holds {total:,}")
+    paths = checkpoint_paths(checkpoint)
+    for path in paths:
+        added, total = run(open_spark(master), open_checkpoint(path), log)
+        say(f"{added:,} items added; the table holds {total:,}" + ("" if paths == [checkpoint] else f": {path}"))
 
 
 @app.command()

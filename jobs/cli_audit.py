@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jobs.audit_report import AuditReport, SourceReport, Staleness
 
 # The rows that were compared do not agree with the log as far as they have to.
-DISAGREES = 8
+DISAGREES = 9
 out = Console(highlight=False)
 
 
@@ -34,7 +34,7 @@ def audit(
     store_sample: Annotated[int, typer.Option(min=0, help="Users whose rows in the store are audited.")] = 0,
     repair: Annotated[bool, typer.Option("--repair", help="Publish the rows anew that do not agree.")] = False,
     mismatch_max: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Share of the reads that may disagree; more: exit code 8.")
+        float, typer.Option(min=0.0, max=1.0, help="Share of the reads that may disagree; more: exit code 9.")
     ] = 0.0,
     error_max: Annotated[float, typer.Option(min=0.0, help="Error of a row's numbers that is rounding.")] = 1e-4,
     score_error_max: Annotated[
@@ -52,7 +52,7 @@ def audit(
 ) -> None:
     """Compare what rankers read, and what the store holds, with the rows that the event log gives for the same stamps.
 
-    Users of logged reads are found by the hash of VQL_USER_HASH_KEY_FILE (or _KEY). Exit code 8: more reads disagree
+    Users of logged reads are found by the hash of VQL_USER_HASH_KEY_FILE (or _KEY). Exit code 9: more reads disagree
     than may. --repair never replaces a row that is newer than the log's copy: run it again when that has caught up.
 
     Example: vql audit --checkpoint live --log build/log --state build/state --read-log build/reads --store-sample 1000

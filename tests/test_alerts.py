@@ -19,7 +19,7 @@ from feature_repo.reader_metrics import ReaderMetrics
 from jobs.audit_report import AuditMetrics, AuditReport, SourceReport, Staleness
 from jobs.read_log import ReadLogMetrics
 from jobs.repair import Repaired
-from jobs.scoring import Scored
+from jobs.scoring import Scored, Scores
 from jobs.serving.app import _PROBLEMS
 from jobs.serving.batches import Ranked
 from jobs.serving.metrics import ServeMetrics
@@ -71,6 +71,9 @@ def _ranker() -> CollectorRegistry:
     metrics.went_live("c")
     for status in (200, 500, *_PROBLEMS):
         metrics.requests.labels(status)
+    for outcome in ("scored", "dropped", "failed"):
+        metrics.shadow_requests.labels(outcome)
+    metrics.shadowed(Scores(checkpoint_id="s", users=users, read_s=0, score_s=0), 0.001, [0.9])
     ReaderMetrics(metrics.registry).read(dict.fromkeys(outcomes(), 1), 1, 0.001)
     ReadLogMetrics(metrics.registry)
     return metrics.registry

@@ -21,6 +21,7 @@ import structlog
 import torch
 import uvicorn
 from fastapi import HTTPException
+from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feature_repo.handle import StoreHandle
@@ -33,6 +34,7 @@ from jobs.serving.batches import Batcher, BatchRules
 from jobs.serving.live import LiveScorer
 from jobs.serving.messages import BODY_BYTES_MAX
 from jobs.serving.metrics import ServeMetrics
+from jobs.serving.shadow import Shadow, ShadowPlan
 from models.checkpoint import open_checkpoint
 from models.errors import InputError
 
@@ -68,6 +70,7 @@ class ServePlan:
     linger_s: float
     drain_s: float
     sampling: Sampling | None = None
+    shadow: ShadowPlan | None = None
 
 
 def run_server(plan: ServePlan) -> None:
@@ -79,7 +82,8 @@ def run_server(plan: ServePlan) -> None:
     with _bound(plan.host, plan.port) as bound, _read_log(plan.sampling, metrics) as read_log:
         live = LiveScorer(plan.checkpoint_path, _loader(plan, ReaderMetrics(metrics.registry), read_log))
         batcher = Batcher(lambda asked: live.scorer.score(asked), plan.rules)
-        serving = Serving(live=live, batcher=batcher, metrics=metrics)
+        shadow = None if plan.shadow is None else Shadow(plan.shadow, _shadow_loader(plan), metrics)
+        serving = Serving(live=live, batcher=batcher, metrics=metrics, shadow=shadow)
         server = _Server(serving, plan)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         server.run(sockets=[bound])
@@ -97,7 +101,7 @@ def _read_log(
     return closing(ReadLog(sampling.path, sampling.share, sampling.key, metrics=ReadLogMetrics(metrics.registry)))
 
 
-def _loader(plan: ServePlan, metrics: ReaderMetrics, read_log: ReadLog | None) -> Callable[[Path], Scorer]:
+def _loader(plan: ServePlan, metrics: ReaderMetrics, read_log: ReadLog | None = None) -> Callable[[Path], Scorer]:
     def load(path: Path) -> Scorer:
         opened = Opened(open_checkpoint(path))
         reader = Reader(plan.store.open(), opened, plan.limits, plan.placement.device, metrics)
@@ -107,6 +111,11 @@ def _loader(plan: ServePlan, metrics: ReaderMetrics, read_log: ReadLog | None) -
         return replace(scorer, read_log=read_log)
 
     return load
+
+
+def _shadow_loader(plan: ServePlan) -> Callable[[Path], Scorer]:
+    """What its reader counts is not to be taken for the live one's, and it keeps no rows: nobody waits for it."""
+    return _loader(replace(plan, limits=replace(plan.limits, kept_bytes=0)), ReaderMetrics(CollectorRegistry()))
 
 
 def _warm_up(scorer: Scorer) -> None:

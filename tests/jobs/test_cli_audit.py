@@ -59,7 +59,7 @@ def test_what_a_server_reads_is_audited_and_repaired(
     files = ("--output", tmp_path / "a.json", "--plot", tmp_path / "a.png", "--metrics-file", tmp_path / "a.prom")
     both = ("--read-log", tmp_path / "reads", "--store-sample", USERS)
     said = vql(*common, *both, *files, "--repair")
-    assert said.code == 8, said
+    assert said.code == 9, said
     assert "16.67% of the reads disagree; 0.00% may" in said.out
     assert "1 of 1 wrong rows published anew; 0 are newer than the log" in said.out
     report = json.loads((tmp_path / "a.json").read_text())
