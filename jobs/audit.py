@@ -127,8 +127,10 @@ def _repaired(job: _Job, found: Mapping[str, pa.Table]) -> Repaired:
     wrong = sorted(set(_bad_users(now)))
     if not wrong:
         return Repaired()
-    revisions = pc.max(now["revision"]).as_py()
-    return repair(audited, _frame(job.spark, wrong), job.checkpoint, job.store, revisions or 0)
+    # As the store has them: of a damaged row nothing can be read.
+    stamps = job.store.open().get_stamps(job.checkpoint.checkpoint_id, wrong)
+    revision_max = max((stamp.revision for stamp in stamps if stamp is not None), default=0)
+    return repair(audited, _frame(job.spark, wrong), job.checkpoint, job.store, revision_max)
 
 
 def _bad_users(verdicts: pa.Table) -> list[str]:

@@ -276,7 +276,10 @@ def _say(operation: Operation, added: Sequence[Entry], name: str) -> None:
 
 def _table(shown: Sequence[Overview]) -> Table:
     table = Table()
-    for name in ("release", "state", "since", "by"):
+    # What a command needs is whole however narrow the terminal is.
+    for name in ("release", "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("since", "by"):
         table.add_column(name)
     table.add_column("rows", justify="right")
     table.add_column("behind", justify="right")
@@ -300,7 +303,7 @@ def _table(shown: Sequence[Overview]) -> Table:
 def _history(entries: Sequence[Entry]) -> Table:
     table = Table()
     for name in ("time", "release", "state", "by"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=name in ("release", "state"))
     table.add_column("note", overflow="fold")
     for entry in entries:
         table.add_row(_time(entry.at_ms), entry.checkpoint_id[:12], entry.state, Text(entry.by), Text(entry.note))

@@ -261,6 +261,7 @@ def test_a_backfill_beside_the_running_stream_loses_and_doubles_nothing(
     spark, shop: Shop, checkpoint: Checkpoint, own_shop: Shop, tmp_path: Path
 ) -> None:
     log, store, end = own_shop.log, StoreHandle(state=tmp_path / "state"), ends(shop.log)
+    store.state.mkdir()
     backfill(spark, checkpoint, log, store, {0: 100, 1: 40})
     folders = {"checkpoint": checkpoint.path, "log": log, "state": store.state}
     stream = start(["stream", *(f"--{name}={path}" for name, path in folders.items())], tmp_path)

@@ -71,7 +71,8 @@ def test_what_a_server_reads_is_audited_and_repaired(
     assert after.folded[64:-4] == good.folded[64:-4]
 
     assert vql(*common, *both, "--mismatch-max", 0.2).code == 0
-    assert vql(*common, "--store-sample", USERS).code == 0
+    again = vql(*common, "--store-sample", USERS)
+    assert again.code == 0, again.out
     assert_one_line(vql(*common), 2, "nothing to audit")
     monkeypatch.delenv(KEY_FILE)
     monkeypatch.delenv(KEY, raising=False)

@@ -113,7 +113,9 @@ def test_list_is_a_table_for_people_and_lines_for_programs(
     history = vql("release", "list", "--releases", table, "--json", "--history").out.splitlines()
     states = ["trained", "gated", "backfilled", "shadow"]
     assert [json.loads(line)["state"] for line in history] == [*states, "live", *states]
-    assert "judged elsewhere" in vql("release", "list", "--releases", table, "--history").out
+    assert "judged elsewhere" in [json.loads(line)["note"] for line in history]
+    shown = vql("release", "list", "--releases", table, "--history").out
+    assert [shown.count(c.checkpoint_id[:12]) for c in (first, second)] == [5, 4]
 
 
 def test_list_goes_without_a_store_that_cannot_be_asked(
