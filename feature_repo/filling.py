@@ -40,9 +40,12 @@ class Filling:
         batch, self._taken = self.batch, first + len(rows)
         if not rows:
             return
+        behind = batch.is_behind
         batch.offer(first, rows)
-        # Another thread if all that were asked have begun, and these rows are left all the same.
-        if self._taken < self._users and all(worker.running() or worker.done() for worker in self._workers):
+        # A thread if none is at work, and another if those that are do not keep up.
+        if self._taken < self._users and all(
+            worker.done() or (behind and worker.running()) for worker in self._workers
+        ):
             # The threads may be shut down: the reader was closed while this read was under way.
             with suppress(RuntimeError):
                 self._workers.append(self._threads.submit(batch.work))

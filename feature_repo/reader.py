@@ -75,13 +75,14 @@ class Read:
 
     missing: "absent", "damaged", "foreign" or "late". stale: "late", or "regressed" where the store's row was older.
     unknown_items counts recent events whose item the reader's table does not hold yet; they were read as the unknown
-    item.
+    item. rows: what the caches are made from, where it was received: one that is asked for is copied.
     """
 
     caches: CacheBatch
     missing: dict[str, str]
     stale: dict[str, str] = field(default_factory=dict)
     unknown_items: int = 0
+    rows: Sequence[RowBytes | None] = ()
 
     def outcome(self, user_id: str) -> str:
         """FRESH, the reason why the user has no cache, or "stale_" and why it is the row that was read last."""
@@ -98,6 +99,7 @@ class _Fetched:
 
     status_B: np.ndarray
     dense: DenseCaches
+    rows: Sequence[RowBytes | None]
     stale: dict[str, str]
     absent: str = ABSENT
 
@@ -240,9 +242,10 @@ class Reader:
             raise
         rows, batch = filling.finish(), filling.batch
         behind = [] if self.limits.deadline_s is None else self._kept.renew(user_ids, rows, batch.place_B, found)
-        for b, row in zip(behind, self._kept.get([user_ids[b] for b in behind]), strict=True):
-            if row is not None:
-                batch.fill(b, [row])
+        if behind:
+            for b, row in zip(behind, self._kept.get([user_ids[b] for b in behind]), strict=True):
+                if row is not None:
+                    batch.fill(b, [row])
         self._refusal = None
         return _fetched(batch, {user_ids[b]: REGRESSED for b in behind})
 
@@ -274,7 +277,8 @@ class Reader:
             user_ids[b]: fetched.absent if status_B[b] == NO_ROW else _REASONS[int(status_B[b])]
             for b in np.flatnonzero(status_B != SOUND)
         }
-        read = Read(caches=caches, missing=missing, stale=fetched.stale, unknown_items=int(unknown_B.sum()))
+        unknown_items = int(unknown_B.sum())
+        read = Read(caches=caches, missing=missing, stale=fetched.stale, unknown_items=unknown_items, rows=fetched.rows)
         # As a rule all are fresh.
         outcomes = Counter(map(read.outcome, user_ids)) if missing or read.stale else {FRESH: len(user_ids)}
         self.metrics.read(outcomes, read.unknown_items, time.perf_counter() - started_s)
@@ -299,7 +303,7 @@ Fetching = Generator[None, None, _Fetched]
 
 
 def _fetched(batch: DenseBatch, stale: dict[str, str], absent: str = ABSENT) -> _Fetched:
-    return _Fetched(status_B=batch.place_B["status"], dense=batch.caches(), stale=stale, absent=absent)
+    return _Fetched(status_B=batch.place_B["status"], dense=batch.caches(), rows=batch.rows, stale=stale, absent=absent)
 
 
 def _decoded(data: RowBytes | None, using: Fold) -> tuple[Row | None, str | None]:

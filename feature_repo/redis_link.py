@@ -31,13 +31,14 @@ from feature_repo.redis_settings import RedisSettings
 from models.errors import StoreError, UnavailableError
 
 BACKOFF_BASE_S, BACKOFF_MAX_S = 0.05, 1.0
-# A server answers all commands that it has before it sends any of the answers. So it gets a few, and as many again
-# whenever it has begun to send: its work on the next lies beside ours on the last. A store that is further away than
-# FAR_S gets the rest at once: turns would cost more than they save.
-COMMANDS_TOGETHER = 10
+# A server answers all commands that it has before it sends any of the answers. So it gets a few, as many again at once,
+# so that it never waits for us, and as many again whenever it has begun to send answers to the last: its work on the
+# next lies beside ours on these. A store that is further away than FAR_S gets the rest at once: turns would cost more
+# than they save.
+COMMANDS_TOGETHER = 16
 FAR_S = 0.001
 # At least; only the last part has fewer.
-ANSWERS_PER_PART = 12
+ANSWERS_PER_PART = 16
 # What a server says while it fails over or has no quorum; it heals by itself.
 _PASSING = ("MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "NOREPLICAS", "UNBLOCKED", "BUSY ")
 _REMEDIES: tuple[tuple[type[RedisError], str], ...] = (
@@ -147,7 +148,7 @@ class RedisLink:
         until_s: float | None,
     ) -> Generator[None, None, PairAnswers]:
         answers, taken, sent, send_at, asked_s = PairAnswers(count), 0, 0, 0, 0.0
-        made = commands(0, min(2 * COMMANDS_TOGETHER, count))
+        made = commands(0, min(COMMANDS_TOGETHER, count))
         # redis-py connects, authenticates and speaks TLS; of these answers its own parser sees nothing.
         socket, descriptor = connection._sock, None
         try:
@@ -161,16 +162,17 @@ class RedisLink:
                     until_s = None
                     yield
                     continue
-                if send_at <= len(answers) and sent < count:
-                    far = sent == COMMANDS_TOGETHER and now_s - asked_s > FAR_S
-                    socket.settimeout(end_s - now_s)
+                while send_at <= len(answers) and sent < count:
+                    far = sent == 2 * COMMANDS_TOGETHER and now_s - asked_s > FAR_S
                     last = count if far or count - sent < 1.5 * COMMANDS_TOGETHER else sent + COMMANDS_TOGETHER
+                    if last > len(made):
+                        made += commands(len(made), count)
+                    socket.settimeout(end_s - now_s)
                     socket.sendall(b"".join(made[sent:last]))
                     if sent == 0:
                         asked_s = now_s
                         take(0, 0, answers)
-                        made += commands(len(made), count)
-                    sent, send_at = last, sent + 1
+                    sent, send_at = last, sent + 1 if sent else 0
                 wanted = min(taken + ANSWERS_PER_PART, count, send_at if sent < count else count)
                 try:
                     _receive(answers, socket, descriptor, wanted, end_s)

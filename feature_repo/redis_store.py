@@ -78,8 +78,17 @@ class RedisRows:
 
     def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
         rows: list[RowBytes | None] = []
-        run_out(self.reading(checkpoint_id, user_ids, lambda _, part: rows.extend(part)))
+
+        def take(first: int, part: Sequence[RowBytes | None]) -> None:
+            # A try that failed begins again, with what it had given already.
+            rows[first:] = part
+
+        run_out(self.reading(checkpoint_id, user_ids, take))
         return rows
+
+    def get_stamps(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[Stamp | None]:
+        stored = self._open().ask([("HGET", key, b"s") for key in row_keys(checkpoint_id, user_ids)])
+        return [None if packed is None else unpacked_stamp(packed) for packed in stored]
 
     def reading(
         self, checkpoint_id: str, user_ids: Sequence[str], take: TakeRows, until_s: float | None = None

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -76,18 +77,28 @@ class SqliteRows:
         return SqliteRows, (self.path, self.ttl_s, self._clock)
 
     def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
-        found: dict[str, RowBytes] = {}
+        found = self._select("folded, recent", checkpoint_id, user_ids)
+        rows = {user_id: RowBytes(folded=folded, recent=recent) for user_id, folded, recent in found}
+        return [rows.get(user_id) for user_id in user_ids]
+
+    def get_stamps(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[Stamp | None]:
+        found = self._select('epoch, partition, "offset", revision', checkpoint_id, user_ids)
+        stamps = {user_id: Stamp(epoch=e, partition=p, offset=o, revision=r) for user_id, e, p, o, r in found}
+        return [stamps.get(user_id) for user_id in user_ids]
+
+    def _select(self, columns: str, checkpoint_id: str, user_ids: Sequence[str]) -> list[tuple[Any, ...]]:
+        """(user id, these columns) of the users who have a row."""
+        found: list[tuple[Any, ...]] = []
         expired_ms = self._expired_ms(self._now_ms())
         with self._transaction("BEGIN") as connection:
             for start in range(0, len(user_ids), USERS_PER_SELECT):
                 chunk = user_ids[start : start + USERS_PER_SELECT]
-                rows = connection.execute(
-                    "SELECT user_id, folded, recent FROM rows WHERE checkpoint_id = ? AND written_ms > ? "
+                found += connection.execute(
+                    f"SELECT user_id, {columns} FROM rows WHERE checkpoint_id = ? AND written_ms > ? "
                     f"AND user_id IN ({','.join('?' * len(chunk))})",
                     (checkpoint_id, expired_ms, *chunk),
                 )
-                found.update((user_id, RowBytes(folded=folded, recent=recent)) for user_id, folded, recent in rows)
-        return [found.get(user_id) for user_id in user_ids]
+        return found
 
     def reading(
         self, checkpoint_id: str, user_ids: Sequence[str], take: TakeRows, until_s: float | None = None

@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from models.errors import StoreError
-from models.row import Row, RowBytes, encode_row
+from models.row import Row, RowBytes
 from models.wire import Stamp, encode_recents
 
 TakeRows = Callable[[int, Sequence[RowBytes | None]], None]
@@ -46,7 +46,7 @@ class Backfill(msgspec.Struct, frozen=True, kw_only=True):
     """The record of a finished backfill: rows of every user up to this cut are in the store.
 
     log_id names the log itself, whatever its path; a backfill again raises the revision that its rows are stamped with.
-    newer: rows that the store held newer already, and kept.
+    newer: users of whom the store held a newer row already, and kept it.
     """
 
     epoch: int
@@ -89,6 +89,10 @@ class RowStore(Protocol):
 
     def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
         """The rows in the order of user_ids, in one read; None for absent and expired users."""
+        ...
+
+    def get_stamps(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[Stamp | None]:
+        """The rows' stamps, as `get_rows` has the rows: a few bytes for each user."""
         ...
 
     def reading(
@@ -183,8 +187,16 @@ def bind_topic(rows: RowStore, checkpoint_id: str, epoch: int, topic_id: str, pa
 
 def whole_put(user_id: str, row: Row) -> RowPut:
     """The put of a row that was folded from the user's first event on: any older row may be replaced."""
-    data = encode_row(row)
-    return RowPut(user_id=user_id, stamp=row.stamp, recent=data.recent, folded=data.folded)
+    (put,) = whole_puts([user_id], [row])
+    return put
+
+
+def whole_puts(user_ids: Sequence[str], rows: Sequence[Row]) -> list[RowPut]:
+    """`whole_put` of several users."""
+    return [
+        RowPut(user_id=user_id, stamp=row.stamp, recent=recent, folded=row.folded_data)
+        for user_id, row, recent in zip(user_ids, rows, _encoded_recents(rows), strict=True)
+    ]
 
 
 def row_puts(user_ids: Sequence[str], rows: Sequence[Row], stored: Sequence[Row | None]) -> list[RowPut]:
@@ -192,9 +204,6 @@ def row_puts(user_ids: Sequence[str], rows: Sequence[Row], stored: Sequence[Row 
 
     A put has a folded part only if that changed.
     """
-    if not rows:
-        return []
-    recents = encode_recents(rows[0].spec.checkpoint_id, [row.stamp for row in rows], [row.recent_data for row in rows])
     return [
         RowPut(
             user_id=user_id,
@@ -203,8 +212,14 @@ def row_puts(user_ids: Sequence[str], rows: Sequence[Row], stored: Sequence[Row 
             folded=None if before is not None and row.folded_data is before.folded_data else row.folded_data,
             follows=_nothing(row.stamp) if before is None else before.stamp,
         )
-        for user_id, row, before, recent in zip(user_ids, rows, stored, recents, strict=True)
+        for user_id, row, before, recent in zip(user_ids, rows, stored, _encoded_recents(rows), strict=True)
     ]
+
+
+def _encoded_recents(rows: Sequence[Row]) -> list[bytes]:
+    if not rows:
+        return []
+    return encode_recents(rows[0].spec.checkpoint_id, [row.stamp for row in rows], [row.recent_data for row in rows])
 
 
 def _nothing(stamp: Stamp) -> Stamp:

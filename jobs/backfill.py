@@ -1,42 +1,55 @@
 """`vql backfill`: the rows of every user at a cut of the log, by the very fold that the stream uses.
 
-One shuffle by user, sorted by offset within; then a single pass per task folds user after user, so a user of a
-million events needs no more memory than one of ten. Executors write through the store's fence. Nothing is lost by
-a kill: rows that are there already are refused as not newer, and the record that lets a stream start is written
-last. The stream of the checkpoint then starts at the cut: no gap, no overlap.
+One shuffle by user, sorted by offset within; then each task folds its users in one pass (`jobs.backfill_task`), and
+puts their rows through the store's fence at a paced rate. Nothing is lost by a kill: rows that are there already are
+not put again, and the record that lets a stream start is written last. The stream of the checkpoint then starts at the
+cut: no gap, no overlap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import ceil
 from pathlib import Path
 
 import pyarrow as pa
-from msgspec.structs import replace
-from pyspark.sql import DataFrame, SparkSession
+from pyspark import Accumulator
+from pyspark.sql import DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
 from feature_repo.handle import StoreHandle
-from feature_repo.store import Backfill, RowPut, bind_topic, whole_put
-from jobs.event_log import LogFacts, forgotten_of, log_facts, read_records, without_forgotten
+from feature_repo.store import Backfill, bind_topic
+from jobs.backfill_progress import progress_shown
+from jobs.backfill_task import RowTask, write_rows
+from jobs.event_log import LogFacts, log_facts, read_records
 from jobs.spark import errors_of_workers
-from models.checkpoint import Checkpoint, open_checkpoint
+from models.checkpoint import Checkpoint
 from models.errors import InputError, StoreError
-from models.event import runs
-from models.forgotten import Forgotten
-from models.row import Row, advance, new_row
-from models.wire import pack_recent
 
-PUT_CHUNK = 500
+# What a fold takes of a record. The hash is that of models.event.hash_event_id, which is the common CRC-32.
+FOLDED = (
+    *("user_id", "item_id", "action", "event_time_ms", "weight", "partition", "offset"),
+    "crc32(cast(event_id as binary)) AS event_hash",
+)
+# Rows of the whole job. A put takes Redis some 0.1 ms, so most of its time stays with the stream and the rankers.
+PUTS_PER_S = 2_000.0
+# Small enough to be sorted in memory, to be done again after a fault, and to show progress.
+EVENTS_PER_TASK = 500_000
 DONE = "users long, events long, newer long"
 
 
 @errors_of_workers()
 def backfill(
-    spark: SparkSession, checkpoint: Checkpoint, log: Path, store: StoreHandle, cut: Mapping[int, int] | None = None
+    spark: SparkSession,
+    checkpoint: Checkpoint,
+    log: Path,
+    store: StoreHandle,
+    cut: Mapping[int, int] | None = None,
+    puts_per_s: float = PUTS_PER_S,
 ) -> Backfill:
     """Write the rows and record the cut (None: the log's end as of now).
 
+    puts_per_s: rows of all tasks together, 0 for no limit. It is divided by the cores that the job has when it begins.
     Raises InputError for an empty log or a cut beyond it, StoreError when the rows do not add up to the log.
     """
     events = read_records(spark, log)
@@ -46,17 +59,21 @@ def backfill(
     cut = _resolve_cut(events, cut)
     if facts.topic_id is not None:
         bind_topic(rows, checkpoint.checkpoint_id, facts.epoch, facts.topic_id, facts.partitions)
-    until = F.create_map(*(F.lit(x) for pair in cut.items() for x in pair))[F.col("partition")]
-    wanted = events.where(F.col("offset") <= until).select(
-        *("user_id", "item_id", "action", "event_time_ms", "weight", "partition", "offset"),
-        # The hash of models.event.hash_event_id, which is the common CRC-32.
-        F.crc32(F.col("event_id").cast("binary")).alias("event_hash"),
-    )
-    by_user = wanted.repartition("user_id").sortWithinPartitions("user_id", "offset")
-    checkpoint.fold()  # refuse a missing item table here rather than on an executor
-    done = by_user.mapInArrow(_folder(checkpoint, store, (facts.epoch, revision), forgotten_of(log)), DONE)
-    total = done.agg(*(F.sum(name).alias(name) for name in ("users", "events", "newer"))).collect()[0]
+    items = len(checkpoint.fold().table)  # refuse a missing item table here rather than on an executor
+    wanted = events_up_to(events, cut)
     expected = sum(offset + 1 for offset in cut.values()) if facts.dense else wanted.count()
+    cores = spark.sparkContext.defaultParallelism
+    tasks = max(cores, ceil(expected / EVENTS_PER_TASK))
+    task = RowTask(
+        checkpoint=checkpoint.path,
+        checkpoint_id=checkpoint.checkpoint_id,
+        items=items,
+        store=store,
+        epoch=facts.epoch,
+        revision=revision,
+        puts_per_s=puts_per_s / cores,
+    )
+    total = write_all(wanted, task, tasks, expected)
     if total["events"] != expected:
         raise StoreError(
             f"the backfill folded {total['events']} of {expected} events; the log changed under it: run it again"
@@ -105,64 +122,33 @@ def _resolve_cut(events: DataFrame, cut: Mapping[int, int] | None) -> dict[int, 
     return {p: cut.get(p, -1) for p in sorted(ends)}
 
 
-def _folder(
-    checkpoint: Checkpoint, store: StoreHandle, epoch_and_revision: tuple[int, int], forgotten: Forgotten
+def events_up_to(events: DataFrame, cut: Mapping[int, int]) -> DataFrame:
+    """What a fold needs of the records at or below the cut."""
+    until = F.create_map(*(F.lit(x) for pair in cut.items() for x in pair))[F.col("partition")]
+    return events.where(F.col("offset") <= until).selectExpr(*FOLDED)
+
+
+def write_all(wanted: DataFrame, task: RowTask, tasks: int, expected: int) -> Row:
+    """The sums of what the tasks did, with progress shown meanwhile."""
+    context = wanted.sparkSession.sparkContext
+    users, events = context.accumulator(0), context.accumulator(0)
+    # Users' hashes nearly always differ, where their ids begin alike: it is what is compared in sorting.
+    hashed = wanted.repartition(tasks, "user_id").withColumn("user_hash", F.xxhash64("user_id"))
+    by_user = hashed.sortWithinPartitions("user_hash", "user_id", "offset").drop("user_hash")
+    done = by_user.mapInArrow(_mapped(task, users, events), DONE)
+    sums = done.agg(*(F.sum(name).alias(name) for name in ("users", "events", "newer")))
+    with progress_shown(lambda: (users.value, events.value), expected):
+        return sums.collect()[0]
+
+
+def _mapped(
+    task: RowTask, users: Accumulator[int], events: Accumulator[int]
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    path, checkpoint_id = checkpoint.path, checkpoint.checkpoint_id
+    def write(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        done = write_rows(task, batches)
+        # For the eye alone: a task that is done twice counts twice.
+        users.add(done.users)
+        events.add(done.events)
+        yield pa.record_batch({name: [count] for name, count in done._asdict().items()})
 
-    def fold_task(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        opened = open_checkpoint(path)
-        rows = store.open()
-        users = events = newer = 0
-        chunk: list[RowPut] = []
-
-        def counted() -> Iterator[pa.RecordBatch]:
-            nonlocal events
-            for batch in batches:
-                events += batch.num_rows
-                yield batch
-
-        standing = without_forgotten(counted(), forgotten, epoch_and_revision[0])
-        for user_id, row in fold_users(standing, opened, *epoch_and_revision):
-            users += 1
-            chunk.append(whole_put(user_id, row))
-            if len(chunk) == PUT_CHUNK:
-                newer += rows.put_rows(checkpoint_id, chunk).count(False)
-                chunk = []
-        newer += rows.put_rows(checkpoint_id, chunk).count(False)
-        yield pa.record_batch({"users": [users], "events": [events], "newer": [newer]})
-
-    return fold_task
-
-
-def fold_users(
-    batches: Iterator[pa.RecordBatch], checkpoint: Checkpoint, epoch: int, revision: int = 0
-) -> Iterator[tuple[str, Row]]:
-    """Events sorted by (user, offset) to each user's row, holding one user at a time.
-
-    A tombstone is a row of nulls: it becomes a record of weight 0, and erases what came before.
-    """
-    using = checkpoint.fold()
-    current: str | None = None
-    row: Row | None = None
-    for batch in batches:
-        recent = pack_recent(
-            batch["offset"].to_numpy(),
-            batch["event_time_ms"].fill_null(0).to_numpy(),
-            checkpoint.action_index(batch["action"].to_pylist()),
-            using.table.lookup(batch["item_id"].to_pylist()),
-            batch["weight"].fill_null(0.0).to_numpy(),
-            batch["event_hash"].fill_null(0).to_numpy(),
-        )
-        partition_N = batch["partition"].to_numpy()
-        users = batch["user_id"].dictionary_encode()
-        code_N = users.indices.to_numpy()
-        for start, end in runs(code_N):
-            user_id = users.dictionary[code_N[start]].as_py()
-            if row is None or user_id != current:
-                if row is not None and current is not None:
-                    yield current, row
-                current, row = user_id, new_row(using.spec, epoch, int(partition_N[start]), revision)
-            row, _ = advance(row, recent[start:end], replace(row.stamp, offset=-1), using)
-    if row is not None and current is not None:
-        yield current, row
+    return write

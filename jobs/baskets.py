@@ -27,8 +27,9 @@ class ExamplePlan(msgspec.Struct, frozen=True, kw_only=True):
     protocol: raw, fair or impressions. within: the item field within whose value negatives are drawn, None for all
     items. positives, negatives: at most so many of a basket; in `fair` each positive has negatives // positives.
     shown, clicked: the actions of what was shown and of what, of that, was clicked; session_ms: the longest pause
-    within a session (all three for `impressions`). serving_delay_ms: what happened so shortly before an impression
-    is not in its history, because a ranker would not know it yet.
+    within a session (all three for `impressions`). remembered: the actions that histories are made of, none for all.
+    serving_delay_ms: what happened so shortly before an impression is not in its history, because a ranker would not
+    know it yet.
     """
 
     from_ms: int = 0
@@ -44,6 +45,7 @@ class ExamplePlan(msgspec.Struct, frozen=True, kw_only=True):
     shown: tuple[str, ...] = ()
     clicked: tuple[str, ...] = ()
     session_ms: int = 1_800_000
+    remembered: tuple[str, ...] = ()
     serving_delay_ms: int = 0
 
 
@@ -57,6 +59,11 @@ class Events:
     action_N: np.ndarray
     time_ms_N: np.ndarray
     weight_N: np.ndarray
+
+    def where(self, kept_N: np.ndarray) -> Events:
+        """The events that are kept; all users stay."""
+        columns = {f.name: getattr(self, f.name)[kept_N] for f in fields(self) if f.name != "user_ids"}
+        return Events(user_ids=self.user_ids, **columns)
 
     @property
     def user_key_N(self) -> np.ndarray:

@@ -21,6 +21,8 @@ from models.files import replace_file
 PACKAGES = (
     "vql-cache",
     "apache-beam",
+    "pyspark",
+    "delta-spark",
     "confluent-kafka",
     "redis",
     "hiredis",

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.cli_audit import audit
 from jobs.cli_bench import app as bench
 from jobs.cli_data import app as data
 from jobs.cli_dead_letters import app as dead_letters
@@ -42,6 +43,7 @@ from jobs.cli_options import (
     offsets,
     pairs,
 )
+from jobs.cli_release import app as release
 from jobs.cli_serve import serve
 from jobs.cli_size import size
 from jobs.cli_stream import stream
@@ -57,15 +59,16 @@ app = typer.Typer(
     help="A streaming per-codeword cache that gives rankers attention over a user's whole history.\n\n"
     "The way of an event: [b]ingest[/b] (files to the log), [b]train[/b] (log to checkpoint), [b]encode-items[/b], "
     "[b]backfill[/b] (log to rows), [b]stream[/b] (new events into rows), [b]serve[/b] (scores over HTTP). "
+    "[b]release[/b] takes a checkpoint to rankers in steps: judged, backfilled, live, and back. "
     "[b]rank[/b] shows one user; [b]demo[/b] goes all of it; [b]data[/b] makes logs of public data sets, "
     "[b]evaluate[/b] compares models on one, [b]inspect[/b] shows a checkpoint. "
-    "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store; [b]forget[/b] "
-    "erases a user; [b]bench[/b] "
-    "measures, [b]size[/b] tells the memory of a store.",
+    "[b]dead-letters[/b] shows what the stream refused, [b]doctor[/b] what is wrong with the store, [b]audit[/b] which "
+    "rows are; [b]forget[/b] erases a user; [b]bench[/b] measures, [b]size[/b] tells the memory of a store.",
 )
 app.add_typer(dead_letters, name="dead-letters")
 app.add_typer(bench, name="bench")
 app.add_typer(data, name="data")
+app.add_typer(release, name="release")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -203,6 +206,10 @@ def train(
     ] = "0",
     seed: int = 0,
     log_version: Annotated[int | None, typer.Option(help="Delta version of the log to read; newest if absent.")] = None,
+    before_ms: Annotated[
+        int | None,
+        typer.Option(help="Train on events before this time alone, Unix ms: vql release gate needs later ones."),
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Training processes.")] = 1,
     device: Annotated[
         str, typer.Option(help="cpu, or cuda: a GPU, with the products outside of attention in bfloat16.")
@@ -243,6 +250,7 @@ def train(
         patience=patience,
         seed=seed,
         log_version=log_version,
+        before_ms=before_ms,
         category_code=category_code or UNSET,
         device=UNSET if device == "cpu" else device,
     )
@@ -254,18 +262,22 @@ def train(
 
 @app.command("encode-items")
 def encode_items(
-    checkpoint: CheckpointPath,
+    checkpoint: Annotated[
+        Path, typer.Option(resolve_path=True, help="A checkpoint, or a table of releases: all that are not retired.")
+    ],
     log: Log,
     master: Master = LOCAL,
 ) -> None:
     """Add the log's new items to the checkpoint's item table: a code per group and a value per head."""
     from jobs.encode_items import encode_items as run
+    from jobs.releases.table import checkpoint_paths
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
 
-    opened = open_checkpoint(checkpoint)
-    added, total = run(open_spark(master), opened, log)
-    say(f"{added:,} items added; the table holds {total:,}")
+    paths = checkpoint_paths(checkpoint)
+    for path in paths:
+        added, total = run(open_spark(master), open_checkpoint(path), log)
+        say(f"{added:,} items added; the table holds {total:,}" + ("" if paths == [checkpoint] else f": {path}"))
 
 
 @app.command()
@@ -276,21 +288,31 @@ def backfill(
     cut: Annotated[
         str | None, typer.Option(help="PARTITION=OFFSET,... to fold up to; the log's end if absent.")
     ] = None,
+    puts_per_s: Annotated[
+        float,
+        typer.Option(min=0, help="Rows that the store is given in a second by all executors together; 0: no limit."),
+    ] = 2_000.0,
     master: Master = LOCAL,
 ) -> None:
-    """Write the rows of every user at a cut of the log. The stream of the checkpoint then starts there."""
+    """Write the rows of every user at a cut of the log. The stream of the checkpoint then starts there.
+
+    It may be run beside the stream and the rankers: a put takes Redis about a tenth of a millisecond, so the usual
+    2,000 in a second leave it most of its time. After a kill, the same command puts only the rows that are missing.
+    """
     from feature_repo.handle import StoreHandle
     from feature_repo.repo import open_repo, register
     from jobs.backfill import backfill as run
+    from jobs.logs import configure_logs
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
 
+    configure_logs("info")
     opened, until = open_checkpoint(checkpoint), None if cut is None else offsets("--cut", cut)
     register(open_repo(state), opened.checkpoint_id)
-    done = run(open_spark(master), opened, log, StoreHandle(state=state), until)
+    done = run(open_spark(master, stage_bars=False), opened, log, StoreHandle(state=state), until, puts_per_s)
     say(
         f"{done.users:,} rows with {done.events:,} events, complete up to {done.cut}, revision {done.revision}; "
-        f"{done.newer:,} were there already, as new or newer"
+        f"{done.newer:,} were there already, and newer"
     )
 
 
@@ -298,6 +320,7 @@ app.command(context_settings={"allow_extra_args": True})(stream)
 app.command()(evaluate)
 app.command()(inspect)
 app.command()(serve)
+app.command()(audit)
 app.command()(doctor)
 app.command()(forget)
 app.command()(size)

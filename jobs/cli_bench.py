@@ -193,3 +193,42 @@ def train(
     columns = [f"{length:,} events" for length in plan.lengths]
     out.print(figures_table("training, on this machine", columns, table_rows(plan, figures)))
     out.print(f"figures: {output}, plot: {output.with_suffix('.png')}", soft_wrap=True)
+
+
+@app.command("backfill")
+def backfill(
+    output: Output,
+    users: Annotated[int, typer.Option(min=1, help="Users of the log that the job reads.")] = 20_000,
+    events: Annotated[int, typer.Option(min=1, help="Events of each of them.")] = 100,
+    executors: Annotated[int, typer.Option(min=1, help="Executors of the job, with one core each.")] = 2,
+    executor_mb: Annotated[int, typer.Option(min=512, help="Memory of each one's Java.")] = 2_048,
+    naive: Annotated[bool, typer.Option(help="Whether to run the naive way too, which takes longer.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke run: few events. Figures say little.")] = False,
+) -> None:
+    """How many events/s a core folds in a backfill, and the memory of its executors.
+
+    Starts its own Spark cluster and redis-server on free ports of 127.0.0.1; needs Java and redis-server. A default run
+    takes some two minutes.
+
+    [b]fold[/b]: one core without Spark, for users of 100, 1,000 and 10,000 events. [b]floor[/b]: the plain numba fold
+    of records in memory. [b]task[/b]: what a task does, from Arrow batches to the bytes of rows. Rows of less than two
+    windows (128 events) are raw events, for which nothing is folded.
+    [b]job[/b]: all of vql backfill, with scan, shuffle, sort and puts. [b]naive[/b]: groupBy and applyInPandas, without
+    puts. [b]memory_mb[/b]: the most of an executor's Java, and of the Python beside it. [b]redis_us_per_row[/b]: what a
+    row costs the server's core, by which --puts-per-s may be chosen.
+
+    Example: vql bench backfill --output build/bench/backfill.json
+    """
+    from jobs.bench import figures_table, write_figures
+    from jobs.bench_backfill import BackfillBench, run_backfill_bench, table_rows
+
+    plan = BackfillBench(users=users, length=events, executors=executors, executor_mb=executor_mb, naive=naive)
+    if quick:
+        plan = BackfillBench(
+            users=300, length=20, lengths=(20, 300), fold_events=3_000, rounds=1, executors=1, executor_mb=512
+        )
+    figures = run_backfill_bench(plan, out)
+    write_figures(output, figures)
+    columns = [f"{length:,} events" for length in plan.lengths]
+    out.print(figures_table("folds, on this machine", columns, table_rows(figures)))
+    out.print(f"figures: {output}", soft_wrap=True)

@@ -14,7 +14,8 @@ LiveCheckpoint = Annotated[
     Path,
     typer.Option(
         "--checkpoint",
-        help="A checkpoint directory, a symbolic link to one, or a file that names one; followed when it changes.",
+        help="A table of releases (the live one), a checkpoint directory, a link to one, or a file that names one; "
+        "followed when it changes.",
     ),
 ]
 
@@ -22,6 +23,17 @@ LiveCheckpoint = Annotated[
 def serve(
     checkpoint: LiveCheckpoint,
     state: State,
+    shadow: Annotated[
+        Path | None,
+        typer.Option(
+            help="A table of releases (the newest in the state shadow), or a checkpoint: asked too after the answer is "
+            "given, and compared in the metrics vql_shadow_*."
+        ),
+    ] = None,
+    shadow_share: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="Share of the requests that the shadow is asked, by a hash of users."),
+    ] = 0.01,
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for callers outside.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free port, which is logged.")] = 8000,
     batch_users: Annotated[int, typer.Option(min=1, help="Users of a batch, at most.")] = 32,
@@ -42,6 +54,16 @@ def serve(
         float, typer.Option(min=0.0, help="Seconds of SIGTERM in which it still listens: /readyz says 503 meanwhile.")
     ] = 2.0,
     drain: Annotated[float, typer.Option(min=0.1, help="Seconds after that for what is being answered.")] = 30.0,
+    read_log: Annotated[
+        Path | None,
+        typer.Option(
+            resolve_path=True,
+            help="Log a share of the reads to this Delta table, for vql audit; needs a key, see there.",
+        ),
+    ] = None,
+    read_log_share: Annotated[
+        float, typer.Option(min=1e-9, max=1.0, help="Of all users and minutes, how many are logged.")
+    ] = 0.001,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
 ) -> None:
     """Score candidates over HTTP: POST /rank. Described by /openapi.json; watched by /healthz, /readyz and /metrics.
@@ -59,7 +81,13 @@ def serve(
     from feature_repo.reader import ReadLimits
     from jobs.scoring import MEANS, placed
     from jobs.serving.batches import BatchRules
-    from jobs.serving.server import ServePlan, run_server
+    from jobs.serving.server import Sampling, ServePlan, run_server
+    from jobs.serving.shadow import ShadowPlan
+    from jobs.user_hash import user_hash_key
+
+    sampling = None
+    if read_log is not None:
+        sampling = Sampling(path=read_log, share=read_log_share, key=user_hash_key())
 
     run_server(
         ServePlan(
@@ -72,5 +100,7 @@ def serve(
             limits=ReadLimits(deadline_s=deadline_ms / 1000, kept_bytes=kept_mb << 20),
             linger_s=linger,
             drain_s=drain,
+            sampling=sampling,
+            shadow=None if shadow is None else ShadowPlan(path=shadow.absolute(), share=shadow_share),
         )
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -44,6 +46,19 @@ class Scores:
         return Scores(**{f.name: getattr(self, f.name)[chosen_N] for f in fields(self)})
 
 
+def kept_scores(path: Path, score: Callable[[], Scores]) -> Scores:
+    """The scores in this file (.npz), which is made whole or not at all by `score` when it is not there."""
+    if path.exists():
+        with np.load(path) as kept:
+            return Scores(**kept)
+    scores = score()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.npz")
+    np.savez(part, **{field.name: getattr(scores, field.name) for field in fields(scores)})
+    part.replace(path)
+    return scores
+
+
 def score_raw(ranker: Ranker, impressions: Sequence[Impression], length: int | None = None) -> Scores:
     """Scores from raw histories: the newest `length` events, or all of them."""
     return _score(impressions, lambda request, _: ranker(request)[0], length, ranker.counter)
@@ -61,7 +76,9 @@ def score_cached(ranker: Ranker, reader: Reader, impressions: Sequence[Impressio
 
 def quality(scores: Scores) -> Quality:
     """The three figures of a set of scores."""
-    probability_N = 1 / (1 + np.exp(-scores.logit_N.astype(np.float64)))
+    # A logit under -709 has a probability of 0.
+    with np.errstate(over="ignore"):
+        probability_N = 1 / (1 + np.exp(-scores.logit_N.astype(np.float64)))
     return Quality(
         auc=float(roc_auc_score(scores.label_N, scores.logit_N)),
         gauc=group_auc(scores),

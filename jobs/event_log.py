@@ -97,9 +97,12 @@ def without_forgotten(batches: Iterator[pa.RecordBatch], forgotten: Forgotten, e
 def read_events(spark: SparkSession, log: Path, version: int | None = None) -> DataFrame:
     """The events that stand: no tombstones, and nothing of a user before the last one. Raises as read_records."""
     records = read_records(spark, log, version)
-    if log_facts(spark, log / "events").dense:
-        return records
+    return records if log_facts(spark, log / "events").dense else standing(records)
+
+
+def standing(records: DataFrame) -> DataFrame:
+    """Of a log's records the events that stand."""
     erased = records.where(TOMBSTONE).groupBy("user_id").agg(F.max("offset").alias("erased_offset"))
     joined = records.where(f"NOT ({TOMBSTONE})").join(erased, "user_id", "left")
-    standing = F.col("erased_offset").isNull() | (F.col("offset") > F.col("erased_offset"))
-    return joined.where(standing).select(records.columns)
+    after = F.col("erased_offset").isNull() | (F.col("offset") > F.col("erased_offset"))
+    return joined.where(after).select(records.columns)

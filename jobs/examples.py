@@ -23,7 +23,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.baskets import Events, ExamplePlan
 from jobs.popularity import Popularity, count_popularity
-from jobs.protocols import check_plan, draw
+from jobs.protocols import check_plan, draw, remember
 from jobs.sampling import Items
 from models.errors import InputError
 from models.files import locked, replace_array
@@ -151,7 +151,7 @@ def _builder(plan: ExamplePlan, known: Broadcast[Items], actions: list[str]) -> 
 def timelines(rows: pa.Table, items: Items, plan: ExamplePlan, actions: list[str]) -> pa.Table:
     """Users' events (user_id, item, action, time_ms, weight, offset) to a row for each user that has impressions."""
     events = sorted_events(rows)
-    drawn = draw(events, items, plan, actions)
+    events, drawn = remember(events, draw(events, items, plan, actions), plan, actions)
     users, first_K = np.unique(drawn.user_I, return_index=True)
     bound_K = np.r_[first_K, len(drawn.user_I)]
     kept_N = np.isin(events.user_N, users)

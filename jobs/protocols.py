@@ -50,6 +50,19 @@ class Drawn:
     candidate_C: np.ndarray
     label_C: np.ndarray
 
+    def where(self, kept_I: np.ndarray) -> Drawn:
+        """The impressions that are kept, with their candidates."""
+        size_I = np.diff(self.bound_I)
+        kept_C = np.repeat(kept_I, size_I)
+        return Drawn(
+            user_I=self.user_I[kept_I],
+            history_I=self.history_I[kept_I],
+            now_ms_I=self.now_ms_I[kept_I],
+            bound_I=np.r_[0, np.cumsum(size_I[kept_I])],
+            candidate_C=self.candidate_C[kept_C],
+            label_C=self.label_C[kept_C],
+        )
+
 
 def draw(events: Events, items: Items, plan: ExamplePlan, actions: Sequence[str]) -> Drawn:
     """The impressions that the plan asks for; actions are the names by index. Raises InputError as check_plan."""
@@ -77,6 +90,16 @@ def check_plan(plan: ExamplePlan) -> None:
         raise InputError("protocol impressions needs the actions that are clicks; data without impressions has none")
     if plan.protocol == "fair" and plan.negatives < plan.positives:
         raise InputError(f"protocol fair needs a negative for each positive: {plan.negatives} for {plan.positives}")
+
+
+def remember(events: Events, drawn: Drawn, plan: ExamplePlan, actions: Sequence[str]) -> tuple[Events, Drawn]:
+    """The events that histories are made of, and the impressions that have one of them before."""
+    if not plan.remembered:
+        return events, drawn
+    kept_N = np.isin(actions, plan.remembered)[events.action_N]
+    events = events.where(kept_N)
+    drawn = replace(drawn, history_I=np.r_[0, np.cumsum(kept_N)][drawn.history_I])
+    return events, drawn.where(drawn.history_I > np.searchsorted(events.user_N, drawn.user_I))
 
 
 def to_impressions(events: Events, drawn: Drawn) -> list[Impression]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from feature_repo.reader import Reader
+from feature_repo.reader import Read, Reader
 from jobs.devices import usable_device
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
@@ -24,6 +25,9 @@ from models.load import load_ranker
 from models.ranker import Ranker
 from models.row import Fold
 from models.served import ServedRanker
+
+if TYPE_CHECKING:
+    from jobs.read_log import ReadLog
 
 CPU = torch.device("cpu")
 MEANS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -79,13 +83,14 @@ class Placement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scorer:
-    """One checkpoint, ready to score. Safe to share between threads."""
+    """One checkpoint, ready to score. Safe to share between threads. read_log: where a share of the reads goes."""
 
     checkpoint_id: str
     table: ItemTable
     served: ServedRanker
     reader: Reader
     placement: Placement
+    read_log: ReadLog | None = None
 
     @property
     def ranker(self) -> Ranker:
@@ -112,12 +117,38 @@ class Scorer:
             )
             for b, one in enumerate(asked)
         ]
+        if self.read_log is not None:
+            self._log(self.read_log, asked, items, read, scores)
         return Scores(
             checkpoint_id=self.checkpoint_id,
             users=users,
             read_s=read_s - started_s,
             score_s=time.perf_counter() - read_s,
         )
+
+    def _log(
+        self,
+        log: ReadLog,
+        asked: Sequence[Asked],
+        items: Sequence[np.ndarray],
+        read: Read,
+        scores: Sequence[Sequence[float]],
+    ) -> None:
+        from jobs.read_log import SampledRead
+
+        for b in log.chosen([one.user_id for one in asked]):
+            log.put(
+                asked[b].user_id,
+                SampledRead(
+                    checkpoint_id=self.checkpoint_id,
+                    history=read.outcome(asked[b].user_id),
+                    row=read.rows[b],
+                    asked_ms=asked[b].now_ms,
+                    item_C=items[b],
+                    # Of events whose item was not in this ranker's table yet, a later table knows more.
+                    scores=None if read.unknown_items else scores[b],
+                ),
+            )
 
     def _logits(self, items: Sequence[np.ndarray], now_ms: Sequence[int], caches: CacheBatch) -> torch.Tensor:
         item_BC = items[0][None]

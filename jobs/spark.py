@@ -15,19 +15,36 @@ from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, SparkSession
 
 from jobs.jars import delta_jars, require_java
-from models.errors import CheckpointError, ForeignRowError, InputError, MachineError, StoreError, VqlError, WireError
+from models.errors import (
+    CheckpointError,
+    ForeignRowError,
+    InputError,
+    MachineError,
+    MismatchError,
+    StoreError,
+    TableBehindError,
+    UnavailableError,
+    VqlError,
+    WireError,
+)
 
 LOCAL = "local[2]"
 LOG4J = Path(__file__).with_name("log4j2.properties").as_uri()
 # pyspark has classes for some of what the Java side throws; the rest comes as py4j's.
 SPARK_ERRORS = (PySparkException, Py4JJavaError)
-RAISED_BY_WORKERS = (InputError, CheckpointError, ForeignRowError, WireError, StoreError, MachineError)
+RAISED_BY_WORKERS = (
+    *(InputError, CheckpointError, MismatchError, TableBehindError, WireError, ForeignRowError),
+    *(StoreError, UnavailableError, MachineError),
+)
 
 
-def open_spark(master: str = LOCAL, name: str = "vql", jars: Sequence[Path] = ()) -> SparkSession:
+def open_spark(
+    master: str = LOCAL, name: str = "vql", jars: Sequence[Path] = (), stage_bars: bool = True
+) -> SparkSession:
     """The session of this process, started if need be, with Delta's jars and these.
 
-    A session that runs already keeps the jars it was started with. Raises MachineError without Java or jars.
+    stage_bars: Spark's own progress on a terminal; a job that shows its own has no use for it. A session that runs
+    already stays as it was started. Raises MachineError without Java or jars.
     """
     require_java()
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
@@ -45,8 +62,10 @@ def open_spark(master: str = LOCAL, name: str = "vql", jars: Sequence[Path] = ()
         "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
         # pandas writes nanosecond timestamps, which Spark reads only as integers.
         "spark.sql.legacy.parquet.nanosAsLong": "true",
+        # An id is looked up once for each batch that it occurs in.
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "50000",
         "spark.ui.enabled": "false",
-        "spark.ui.showConsoleProgress": str(sys.stderr.isatty()).lower(),
+        "spark.ui.showConsoleProgress": str(stage_bars and sys.stderr.isatty()).lower(),
     }
     if master.startswith("local"):
         settings |= {

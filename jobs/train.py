@@ -108,6 +108,7 @@ def write_trained(
         files={},
         counts=job.counts,
         category_code=job.category_code,
+        trained_before_ms=msgspec.UNSET if job.before_ms is None else job.before_ms,
     )
     return write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
 

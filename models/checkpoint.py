@@ -70,6 +70,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     counts: null where none are kept. newest_half_life_ms: as half_life_ms, of the window over the newest events; empty
     where there is none. category_code: the item field whose value is the code of group 0; absent where all are learned.
+    trained_before_ms: events from then on are not in its training; absent where all of the log's version are.
     """
 
     model: str
@@ -85,6 +86,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     diagnostics: Diagnostics | None = None
     format_version: int = FORMAT_VERSION
     category_code: str | msgspec.UnsetType = msgspec.UNSET
+    trained_before_ms: int | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def category_field(self) -> int | None:

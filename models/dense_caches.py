@@ -68,6 +68,8 @@ class DenseBatch:
                 **{f"newest_{name}_BL": array for name, array in newest.items()},
             }.items()
         }
+        if using.count_spec is None:
+            self._fields |= padded_counts([], users)
         # Where rows lie, and what they lie in; where their counts go, and how many cells came of each.
         self._address_P, self._size_P = np.full((2, 2 * users), -1, np.int64)
         self._memory: list[Sequence[object]] = []
@@ -75,7 +77,7 @@ class DenseBatch:
         self._fields_counted = table.cell_MQ.shape[1]
         self._cells_at_B, self._masses_at_B, self._cells_B = np.zeros((3, users), np.int64)
         self._counts: list[tuple[np.ndarray, np.ndarray] | None] = [None] * users
-        self._turns = turns(0, 0)
+        self._turns = turns(0, 0, users)
         self._kernel = dense_kernel(spec.heads // spec.groups, spec.rates, spec.value_width)
         self._arguments = (
             self._address_P,
@@ -102,7 +104,7 @@ class DenseBatch:
     def fill(self, first: int, rows: Sequence[RowBytes | None]) -> None:
         """The rows of the users from `first` on, now."""
         self._bring(first, rows)
-        self._kernel(turns(first, first + len(rows)), *self._arguments)
+        self._kernel(turns(first, first + len(rows), first + len(rows)), *self._arguments)
 
     def offer(self, first: int, rows: Sequence[RowBytes | None]) -> None:
         """Rows for whoever has time for them (`work`): those of the users behind the ones that were offered before.
@@ -112,7 +114,7 @@ class DenseBatch:
         self._bring(first, rows)
         if first < self._turns[1]:
             taken = min(first, int(self._turns[0]))
-            self._turns[:] = taken, first, taken
+            self._turns[:3] = taken, first, taken
         assert first == self._turns[1], f"rows from {first} on behind those up to {self._turns[1]}"
         rows_there(self._turns, first + len(rows))
 
@@ -125,6 +127,11 @@ class DenseBatch:
         return all_done(self._turns)
 
     @property
+    def is_behind(self) -> bool:
+        """Whether rows that were offered wait for whoever takes them."""
+        return bool(self._turns[0] < self._turns[1])
+
+    @property
     def rows(self) -> StoredRows:
         """What was offered, where it lies."""
         return StoredRows(self._memory, self._address_P, self._size_P)
@@ -132,14 +139,18 @@ class DenseBatch:
     def caches(self) -> DenseCaches:
         """The whole batch, on the device."""
         np.equal(self.place_B["status"], SOUND, out=self._present_B)
+        fields = self._fields | (self._padded_counts() if self._count_rates else {})
+        if self._device.type != "cpu":
+            fields = {name: tensor.to(self._device, non_blocking=tensor.is_pinned()) for name, tensor in fields.items()}
+        return DenseCaches(CacheBatch(**fields), self._unknown_B)
+
+    def _padded_counts(self) -> dict[str, torch.Tensor]:
+        """The counts of all whose row is sound, now that it is known how many there are."""
         counts = [
             (each[0][:cells], each[1][:cells]) if each is not None and present else None
             for each, cells, present in zip(self._counts, self._cells_B.tolist(), self._present_B.tolist(), strict=True)
         ]
-        fields = self._fields | padded_counts(counts, self._users)
-        if self._device.type != "cpu":
-            fields = {name: tensor.to(self._device, non_blocking=tensor.is_pinned()) for name, tensor in fields.items()}
-        return DenseCaches(CacheBatch(**fields), self._unknown_B)
+        return padded_counts(counts, self._users)
 
     def _bring(self, first: int, rows: Sequence[RowBytes | None]) -> None:
         """Say where these rows lie, and where their counts go."""

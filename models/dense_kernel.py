@@ -33,7 +33,7 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
     """
 
     def dense_loop(
-        turn_3,
+        turn_4,
         address_P,
         size_P,
         identity_2,
@@ -84,8 +84,8 @@ def dense_kernel(heads: int, rates: int, width: int) -> Callable[..., None]:
         event_N, b = np.empty(64, EVENT), np.int64(-1)
         while True:
             if b >= 0:
-                row_done(turn_3)
-            b = next_row(turn_3)
+                row_done(turn_4)
+            b = next_row(turn_4)
             if b < 0:
                 break
             if size_P[2 * b + 1] // RECORD_BYTES > event_N.shape[0]:

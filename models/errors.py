@@ -10,7 +10,8 @@ VqlError                      the command line prints one line and exits with `e
 |   `-- ForeignRowError (3)   the row was made with another checkpoint: as above
 |-- StoreError         (5)    the online store is lost, damaged or was never backfilled: waiting does not heal it
 |   `-- UnavailableError (5)  the online store does not answer now: trying again may help
-`-- MachineError     (6)    Java, jars, the disk, a job service: the message says what to install, free or start
+|-- MachineError     (6)    Java, jars, the disk, a job service: the message says what to install, free or start
+`-- GateError        (8)    a release was judged and refused: what is live stays; the message has the figures
 """
 
 from __future__ import annotations
@@ -79,3 +80,9 @@ class MachineError(VqlError):
     """The machine lacks something: Java, the jars, space on the disk, a job service or its workers."""
 
     exit_code = 6
+
+
+class GateError(VqlError):
+    """A release that was judged is not good enough to be promoted."""
+
+    exit_code = 8

@@ -77,17 +77,22 @@ def _accept_loop(recent_NW, recent_end_U, event_NW, end_U, covered_U, window):
                 if (event_NW[m, 2] >> np.uint64(32)) & size_bits == 0:
                     n = m + 1
             erased_U[u] = n - fresh
+            newest = np.uint64(0)
             if n == fresh:
                 for m in range(recent_start, recent_end):
                     out_NW[at] = recent_NW[m]
+                    newest = max(newest, recent_NW[m, 1])
                     at += 1
             for m in range(n, event_end):
                 position, time, rest = event_NW[m, 0] & low, event_NW[m, 1], event_NW[m, 2]
                 same = False
-                for held in range(first, at):
-                    if out_NW[held, 1] == time and out_NW[held, 2] == rest and out_NW[held, 0] & low == position:
-                        same = True
-                        break
+                # Most events are later than all before them, and so none of them.
+                if time <= newest:
+                    for held in range(first, at):
+                        if out_NW[held, 1] == time and out_NW[held, 2] == rest and out_NW[held, 0] & low == position:
+                            same = True
+                            break
+                newest = max(newest, time)
                 if same:
                     repeated_U[u] += 1
                     continue

@@ -191,9 +191,10 @@ def advance_users(
     """Each user's row with the user's events, and how many were left out.
 
     event_N (dtype RECENT) are the events of one user after another, each user's with rising offsets up to end_U.
-    `position` carries their epoch and partition; its offset is not used. Events at or below a row's stamp are already
-    in it. A row without new events comes back unchanged (the same object), and one whose folded part did not change
-    keeps the same folded_data. The stamp is that of the last event added, or of a tombstone.
+    `position` carries their epoch and partition; its offset is not used, nor its partition for a row of the same epoch:
+    a user has one partition within an epoch, and rows of several may be advanced together. Events at or below a row's
+    stamp are already in it. A row without new events comes back unchanged (the same object), and one whose folded part
+    did not change keeps the same folded_data. The stamp is that of the last event added, or of a tombstone.
     Raises WireError when a folded part to be changed is malformed.
     """
     epoch, size, window = position.epoch, RECENT.itemsize, using.window
@@ -214,7 +215,7 @@ def advance_users(
     results = list(rows)
     for u in np.flatnonzero(accepted.erased_U).tolist():
         tombstone = end_U[u] - added_U[u] - accepted.repeated_U[u] - 1
-        at = _at(position, int(event_N["position"][tombstone]) >> 16, rows[u].stamp.revision)
+        at = _at(position, int(event_N["position"][tombstone]) >> 16, rows[u].stamp)
         results[u] = bases[u] = empty_row(using.spec, at)
     columns = zip(bases, added_U.tolist(), last_U.tolist(), [0, *ends], ends, strict=False)
     for u, (base, added, last, start, end) in enumerate(columns):
@@ -225,15 +226,17 @@ def advance_users(
                 folded_stamp=base.folded_stamp,
                 folded_count=base.folded_count,
                 recent_data=data[start:end],
-                stamp=_at(position, last, base.stamp.revision),
+                stamp=_at(position, last, base.stamp),
             )
             ripe = _ripe((end - start) // size, window)
             results[u] = _fold_oldest(row, row.recent[:ripe], using) if ripe else row
     return Advanced(results, accepted.skipped_U, accepted.repeated_U, accepted.erased_U)
 
 
-def _at(position: Stamp, offset: int, revision: int) -> Stamp:
-    return Stamp(epoch=position.epoch, partition=position.partition, offset=offset, revision=revision)
+def _at(position: Stamp, offset: int, before: Stamp) -> Stamp:
+    """The stamp at this offset of the row that was stamped `before`."""
+    partition = before.partition if before.epoch == position.epoch else position.partition
+    return Stamp(epoch=position.epoch, partition=partition, offset=offset, revision=before.revision)
 
 
 def _covered(stamp: Stamp, epoch: int) -> int:

@@ -1,7 +1,7 @@
 """Whose turn it is: the rows of a batch, taken one by one by the threads that work on it, as they come.
 
-turn_3: the next row that nobody has taken, up to which they are there, and how many are done. Compiled code takes rows
-without the interpreter and without a lock.
+turn_4: the next row that nobody has taken, up to which they are there, how many are done, and up to which they will
+come. Compiled code takes rows without the interpreter and without a lock, and waits for those that will come soon.
 """
 
 from __future__ import annotations
@@ -16,41 +16,48 @@ from models.memory import load_shared, store_shared, swap_shared
 
 # Of a thread that waits for another's last row, which takes as long as some ten of these.
 YIELDS = 200
+# Of a thread that waits for the next rows: some tenths of a millisecond. To be woken for them takes both threads longer
+# than a nearby store, and a store that is further away is not waited for.
+YIELDS_FOR_MORE = 1000
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 
-def turns(first: int, end: int) -> np.ndarray:
-    """Turns of the rows from `first` to `end`, without it."""
-    return np.array([first, end, first], np.int64)
+def turns(first: int, end: int, coming: int) -> np.ndarray:
+    """Turns of the rows from `first` to `end`, without it, and of those that will come up to `coming`."""
+    return np.array([first, end, first, coming], np.int64)
 
 
-def _next_row(turn_3):
-    """A row that is now this thread's alone; -1 where none is left."""
-    next_at, there_at = turn_3.ctypes.data, turn_3.ctypes.data + 8
+def _next_row(turn_4):
+    """A row that is now this thread's alone; -1 where none is left, and none has come after a short wait."""
+    next_at, there_at, yields = turn_4.ctypes.data, turn_4.ctypes.data + 8, 0
     while True:
         row = load_shared(next_at)
-        if row >= load_shared(there_at):
+        if row < load_shared(there_at):
+            if swap_shared(next_at, row, row + 1):
+                return row
+        elif row >= turn_4[3] or yields == YIELDS_FOR_MORE:
             return -1
-        if swap_shared(next_at, row, row + 1):
-            return row
+        else:
+            yields += 1
+            _sched_yield()
 
 
-def _row_done(turn_3):
+def _row_done(turn_4):
     """A row that was taken is done."""
-    done_at = turn_3.ctypes.data + 16
+    done_at = turn_4.ctypes.data + 16
     done = load_shared(done_at)
     while not swap_shared(done_at, done, done + 1):
         done = load_shared(done_at)
 
 
-def _rows_there(turn_3, end):
+def _rows_there(turn_4, end):
     """Rows up to this one can be taken from now on; what was written of them before is seen by who takes them."""
-    store_shared(turn_3.ctypes.data + 8, end)
+    store_shared(turn_4.ctypes.data + 8, end)
 
 
-def _all_done(turn_3):
+def _all_done(turn_4):
     """Whether all rows that are there are done, after a short wait if need be; what they wrote is seen then."""
-    there_at, done_at = turn_3.ctypes.data + 8, turn_3.ctypes.data + 16
+    there_at, done_at = turn_4.ctypes.data + 8, turn_4.ctypes.data + 16
     for _ in range(YIELDS):
         if load_shared(done_at) >= load_shared(there_at):
             return True

@@ -19,6 +19,7 @@ import pyarrow as pa
 from apache_beam.metrics import Metrics
 
 from feature_repo.forgotten import ForgottenRef
+from feature_repo.patient_rows import PatientRows
 from feature_repo.store import RowStore, row_puts
 from models.errors import InputError, StoreError, TableBehindError, WireError
 from models.forgotten import NOBODY_FORGOTTEN, Forgotten
@@ -26,7 +27,6 @@ from models.row import Advanced, Fold, Row, advance, advance_users, decode_row, 
 from models.wire import Stamp
 from pipelines.encode import EncodedBatch
 from pipelines.metrics import process_metrics
-from pipelines.patient_rows import PatientRows
 from pipelines.row_cache import ROW_CACHE_BYTES, RowCache
 from pipelines.worker import (
     CheckpointRef,

@@ -16,7 +16,10 @@ from prometheus_client import CollectorRegistry
 
 from feature_repo.reader import ABSENT, DAMAGED, FOREIGN, FRESH, LATE, REGRESSED, Read
 from feature_repo.reader_metrics import ReaderMetrics
-from jobs.scoring import Scored
+from jobs.audit_report import AuditMetrics, AuditReport, SourceReport, Staleness
+from jobs.read_log import ReadLogMetrics
+from jobs.repair import Repaired
+from jobs.scoring import Scored, Scores
 from jobs.serving.app import _PROBLEMS
 from jobs.serving.batches import Ranked
 from jobs.serving.metrics import ServeMetrics
@@ -36,7 +39,7 @@ NOT_PLOTTED = {"vql_stream_in_rows_offset"}
 
 @lru_cache(maxsize=1)
 def exposed() -> dict[str, list[dict[str, str]]]:
-    """Each sample's labels, by name, of a stream and a ranker that have met everything."""
+    """Each sample's labels, by name, of a stream, a ranker and an audit that have met everything."""
     stream = StreamMetrics()
     stream.begin({0: -1})
     stream.log_end(0, 9)
@@ -46,7 +49,7 @@ def exposed() -> dict[str, list[dict[str, str]]]:
     stream.kafka_statistics(0, json.dumps(STATISTICS))
     ranker = _ranker()
     found: dict[str, list[dict[str, str]]] = {}
-    for registry in (stream.registry, ranker):
+    for registry in (stream.registry, ranker, _audit()):
         for sample in (sample for family in registry.collect() for sample in family.samples):
             found.setdefault(sample.name, []).append(dict(sample.labels))
     return found
@@ -68,8 +71,23 @@ def _ranker() -> CollectorRegistry:
     metrics.went_live("c")
     for status in (200, 500, *_PROBLEMS):
         metrics.requests.labels(status)
+    for outcome in ("scored", "dropped", "failed"):
+        metrics.shadow_requests.labels(outcome)
+    metrics.shadowed(Scores(checkpoint_id="s", users=users, read_s=0, score_s=0), 0.001, [0.9])
     ReaderMetrics(metrics.registry).read(dict.fromkeys(outcomes(), 1), 1, 0.001)
+    ReadLogMetrics(metrics.registry)
     return metrics.registry
+
+
+def _audit() -> CollectorRegistry:
+    stale = Staleness(fresh=1.0, quantile_s={"1.0": 0.0})
+    numbers = {"reads": 1, "users": 1, "compared": 1, "bad": 0, "by_verdict": {}, "examples": []}
+    source = SourceReport(**numbers, error_max=0.0, score_error_max=0.0, stale=stale, stale_event=stale)
+    sources = {"reads": source, "store": source}
+    report = AuditReport(checkpoint_id="c", log="log", log_version=0, sources=sources, repaired=Repaired())
+    registry = CollectorRegistry()
+    registry.register(AuditMetrics(report, 1.0))
+    return registry
 
 
 def alerts() -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ class DataSet:
     which `columns` and `item_columns` make events and items by SQL expressions. fields: the item columns that models
     are trained with; tags are values with "|" between. within: the field within whose value negatives are drawn.
     shown, clicked: the actions of what was shown, and of what of that was clicked; without them there is only sampling.
+    remembered: the actions that histories are made of, none for all.
     folder: where the files are when no path is given, None when one has to be.
     """
 
@@ -55,6 +56,7 @@ class DataSet:
     within: str | None = None
     shown: tuple[str, ...] = ()
     clicked: tuple[str, ...] = ()
+    remembered: tuple[str, ...] = ()
     folder: Callable[[], Path] | None = None
 
     @property
@@ -66,7 +68,13 @@ class DataSet:
         """A plan of this protocol with what it needs to know of the data. Raises InputError for one of no sense."""
         if protocol not in self.protocols:
             raise InputError(f"{self.name} is evaluated by {' or '.join(self.protocols)}, not by {protocol!r}")
-        return ExamplePlan(protocol=protocol, within=self.within, shown=self.shown, clicked=self.clicked)
+        return ExamplePlan(
+            protocol=protocol,
+            within=self.within,
+            shown=self.shown,
+            clicked=self.clicked,
+            remembered=self.remembered,
+        )
 
     def altered(self, names: Mapping[str, str], columns: Mapping[str, str], items: Mapping[str, str]) -> DataSet:
         """With other names of files (by role) and other expressions. Raises InputError for an unknown role."""

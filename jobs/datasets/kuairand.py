@@ -8,8 +8,10 @@ Videos have tags with commas between, which become a category (the first) and ta
 
 The part of KuaiRand-Pure has each user's last items before a day, oldest first and at most 50, and the exposures after
 it. Of those items only the order and the last one's time are known: the others are placed a second apart before it.
-Their actions, "prior_watch", "prior_long_view" and "prior_like", are no impressions, and so never candidates. Some
-exposures are there twice, row by row the same; the second goes to the quarantine.
+Their actions, "prior_watch", "prior_long_view" and "prior_like", are no impressions, and so never candidates. Histories
+are of these alone: how often a user has clicked within the two weeks is what is asked, and of a user's exposures the
+clicked ones have fewer clicks before them than the others. Some exposures are there twice, row by row the same; the
+second goes to the quarantine.
 
 Terms: CC BY-SA 4.0. Gao et al., "KuaiRand: An Unbiased Sequential Recommendation Dataset with Randomly Exposed
 Videos", CIKM 2022, arXiv 2208.08696.
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 LOG_COLUMNS = ("user_id", "video_id", "time_ms", "is_click", "is_like", "long_view")
 SHOWN, CLICKED = ("impression",), ("click", "long_view", "like")
+PRIOR = ("prior_watch", "prior_long_view", "prior_like")
 ACTION = (
     "CASE WHEN int(is_click) = 0 THEN 'impression' WHEN int(is_like) = 1 THEN 'like' "
     "WHEN int(long_view) = 1 THEN 'long_view' ELSE 'click' END"
@@ -118,4 +121,5 @@ KUAIRAND_PURE = DataSet(
     fields=FIELDS,
     shown=SHOWN,
     clicked=CLICKED,
+    remembered=PRIOR,
 )

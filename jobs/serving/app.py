@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ import structlog
 from fastapi import Body, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse
 
@@ -36,6 +37,7 @@ from jobs.serving.messages import (
     sentence,
 )
 from jobs.serving.metrics import ServeMetrics
+from jobs.serving.shadow import Shadow
 from models.errors import StoreError
 
 STUCK_S = 30.0
@@ -50,11 +52,15 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 @dataclass(kw_only=True, slots=True)
 class Serving:
-    """What the application answers from. draining: the process is about to end; store_error: why the store is lost."""
+    """What the application answers from.
+
+    shadow: who is asked afterwards. draining: the process is about to end. store_error: why the store is lost.
+    """
 
     live: LiveScorer
     batcher: Batcher
     metrics: ServeMetrics
+    shadow: Shadow | None = None
     draining: bool = False
     store_error: str | None = None
 
@@ -96,7 +102,10 @@ def _add_ranking(app: FastAPI, serving: Serving) -> None:
             return _problem(503, f"the online store is lost: {error}")
         serving.store_error = None
         serving.metrics.answered(ranked, time.monotonic() - start_s)
-        return Response(_answer(asked, now_ms, ranked).model_dump_json(), media_type="application/json")
+        # Run when the answer is sent.
+        after = None if serving.shadow is None else BackgroundTask(_offer, serving.shadow, users, ranked)
+        body = _answer(asked, now_ms, ranked).model_dump_json()
+        return Response(body, media_type="application/json", background=after)
 
 
 def _add_watching(app: FastAPI, serving: Serving) -> None:
@@ -131,6 +140,8 @@ async def _following(serving: Serving) -> AsyncIterator[None]:
         with suppress(asyncio.CancelledError):
             await following
         await serving.batcher.close()
+        if serving.shadow is not None:
+            await asyncio.to_thread(serving.shadow.close)
 
 
 async def _follow(serving: Serving) -> None:
@@ -159,6 +170,10 @@ def _answer(asked: RankRequest, now_ms: int, ranked: Ranked) -> RankAnswer:
         batch_users=ranked.batch_users,
     )
     return RankAnswer(checkpoint_id=ranked.checkpoint_id, now_ms=now_ms, users=users, timing=timing)
+
+
+async def _offer(shadow: Shadow, users: Sequence[Asked], ranked: Ranked) -> None:
+    shadow.offer(users, ranked)
 
 
 def _ms(seconds: float) -> float:

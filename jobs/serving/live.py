@@ -1,6 +1,7 @@
 """The live checkpoint: what a path names now. A new one is loaded beside the old one and swapped whole.
 
-The path is a checkpoint directory, a symbolic link to one, or a file whose one line names one (relative to the file).
+The path is a table of releases, whose live one it is; or a checkpoint directory, a symbolic link to one, or a file
+whose one line names one (relative to the file).
 A batch takes the scorer once, so all of it is answered by one checkpoint. Item tables that have grown are seen the
 same way.
 """
@@ -10,32 +11,44 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 
+from jobs.releases.states import State
+from jobs.releases.table import is_releases, newest_release
 from jobs.scoring import Scorer
 from models.errors import CheckpointError, VqlError
 from models.files import FileVersion, file_version
 
 LOOK_EVERY_S = 1.0
 _LINE_BYTES = 4096
-_Version = tuple[Path, tuple[FileVersion | None, ...]]
+
+
+class Version(NamedTuple):
+    """What a path names now. checkpoint_id: of a release; a path by itself may name any."""
+
+    folder: Path
+    files: tuple[FileVersion | None, ...]
+    checkpoint_id: str | None = None
 
 
 class LiveScorer:
     """`scorer` is the live one; `look` swaps it. Reading it is safe from any thread.
 
-    load: from a checkpoint's directory to a scorer that is warm.
+    load: from a checkpoint's directory to a scorer that is warm. named: version_of or shadow_version.
     Raises CheckpointError, or what `load` raises, when there is no first one.
     """
 
-    def __init__(self, path: Path, load: Callable[[Path], Scorer]) -> None:
+    def __init__(
+        self, path: Path, load: Callable[[Path], Scorer], named: Callable[[Path], Version] | None = None
+    ) -> None:
         # A scorer that was swapped out is not closed: a batch may still use it. Its threads and connections end when
         # the last such batch lets it go.
-        self._path, self._load = path, load
+        self._path, self._load, self._named = path, load, named or version_of
         self._turn = threading.Lock()
-        self._seen = version_of(path)
-        self.scorer = load(self._seen[0])
+        self._seen = self._named(path)
+        self.scorer = self._loaded(self._seen)
         self.problem: str | None = None
         structlog.get_logger().info("checkpoint loaded", checkpoint_id=self.scorer.checkpoint_id)
 
@@ -43,15 +56,15 @@ class LiveScorer:
         """Whether the scorer was swapped. What cannot be loaded is logged and tried again at the next look."""
         with self._turn:
             try:
-                version = version_of(self._path)
+                version = self._named(self._path)
                 if version == self._seen:
                     self.problem = None
                     return False
-                fresh = self._load(version[0])
+                fresh = self._loaded(version)
                 # A checkpoint is backfilled before it goes live: without rows, every user would lose the history.
                 fresh.reader.require_filled()
                 # Files that changed meanwhile may be read half from each state.
-                if version_of(self._path) != version:
+                if self._named(self._path) != version:
                     return False
             except (VqlError, OSError) as error:
                 if str(error) != self.problem:
@@ -62,14 +75,43 @@ class LiveScorer:
         structlog.get_logger().info("checkpoint swapped", checkpoint_id=fresh.checkpoint_id, before=old.checkpoint_id)
         return True
 
+    def _loaded(self, version: Version) -> Scorer:
+        scorer = self._load(version.folder)
+        if version.checkpoint_id not in (None, scorer.checkpoint_id):
+            raise CheckpointError(
+                f"release {version.checkpoint_id} is live, and {version.folder} holds checkpoint "
+                f"{scorer.checkpoint_id}; put the release's own back"
+            )
+        return scorer
 
-def version_of(path: Path) -> _Version:
+
+def version_of(path: Path) -> Version:
     """The directory that the path names, and the times and inodes of what tells one state of it from another.
 
-    Raises CheckpointError for a path that names none.
+    Raises CheckpointError for a path that names none, StoreError for a table of releases that cannot be read.
     """
+    if not is_releases(path):
+        return _version(path)
+    release = newest_release(path, State.LIVE)
+    if release is None:
+        raise CheckpointError(f"none of the releases {path} is live; run vql release promote")
+    return _version(Path(release.path), release.checkpoint_id)
+
+
+def shadow_version(path: Path) -> Version:
+    """The same of what is to be scored beside the live one: of releases, the newest that is shadow."""
+    if not is_releases(path):
+        return _version(path)
+    release = newest_release(path, State.SHADOW)
+    if release is None:
+        raise CheckpointError(f"none of the releases {path} is shadow")
+    return _version(Path(release.path), release.checkpoint_id)
+
+
+def _version(path: Path, checkpoint_id: str | None = None) -> Version:
     folder = _folder(path)
-    return folder, tuple(file_version(folder / name) for name in ("manifest.json", "items/items.json"))
+    files = tuple(file_version(folder / name) for name in ("manifest.json", "items/items.json"))
+    return Version(folder, files, checkpoint_id)
 
 
 def _folder(path: Path) -> Path:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter as Counts
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from jobs.scoring import Scores
 from jobs.serving.batches import Ranked
 
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 BATCH_USERS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+CORRELATIONS = (-0.5, 0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
 class ServeMetrics:
@@ -47,6 +49,24 @@ class ServeMetrics:
         self.unusable = Gauge(
             "vql_rank_checkpoint_unusable", "1 while the live path names what cannot be loaded.", registry=registry
         )
+        self.shadow_requests = Counter(
+            "vql_shadow_requests", "Requests for the shadow, by what became of them.", ["outcome"], registry=registry
+        )
+        self._shadow_users = Counter(
+            "vql_shadow_users",
+            "Users scored by the shadow, by what they were scored from.",
+            ["history"],
+            registry=registry,
+        )
+        self._shadow_seconds = Histogram(
+            "vql_shadow_seconds", "The shadow's reading and scoring of a request.", buckets=SECONDS, registry=registry
+        )
+        self._shadow_correlation = Histogram(
+            "vql_shadow_rank_correlation",
+            "Spearman's, of the live scores of a user's candidates and the shadow's.",
+            buckets=CORRELATIONS,
+            registry=registry,
+        )
         self._live = _LiveCheckpoint()
         registry.register(self._live)
 
@@ -64,6 +84,15 @@ class ServeMetrics:
         for stage, seconds in stages.items():
             self._seconds.labels(stage).observe(seconds)
         self._batch_users.observe(ranked.batch_users)
+
+    def shadowed(self, scores: Scores, seconds: float, correlations: Sequence[float]) -> None:
+        """A request that the shadow was asked too; a correlation for each user with candidates to put in order."""
+        for history, users in Counts(user.history for user in scores.users).items():
+            self._shadow_users.labels(history).inc(users)
+        self._shadow_seconds.observe(seconds)
+        for correlation in correlations:
+            self._shadow_correlation.observe(correlation)
+        self.shadow_requests.labels("scored").inc()
 
 
 class _LiveCheckpoint(Collector):

@@ -11,14 +11,17 @@ import logging
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 import torch
 import uvicorn
 from fastapi import HTTPException
+from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from feature_repo.handle import StoreHandle
@@ -31,15 +34,31 @@ from jobs.serving.batches import Batcher, BatchRules
 from jobs.serving.live import LiveScorer
 from jobs.serving.messages import BODY_BYTES_MAX
 from jobs.serving.metrics import ServeMetrics
+from jobs.serving.shadow import Shadow, ShadowPlan
 from models.checkpoint import open_checkpoint
 from models.errors import InputError
+
+if TYPE_CHECKING:
+    from jobs.read_log import ReadLog
 
 _WARM_CANDIDATES = (1, 100, 500)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """Which share of the reads to log, where, and the key that hashes users."""
+
+    path: Path
+    share: float
+    key: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServePlan:
-    """What to serve, and where. linger_s, drain_s: after SIGTERM, until it stops to listen, and for what is left."""
+    """What to serve, and where. linger_s, drain_s: after SIGTERM, until it stops to listen, and for what is left.
+
+    sampling: None logs no reads.
+    """
 
     checkpoint_path: Path
     store: StoreHandle
@@ -50,6 +69,8 @@ class ServePlan:
     limits: ReadLimits
     linger_s: float
     drain_s: float
+    sampling: Sampling | None = None
+    shadow: ShadowPlan | None = None
 
 
 def run_server(plan: ServePlan) -> None:
@@ -57,26 +78,44 @@ def run_server(plan: ServePlan) -> None:
     # A batch is one thread's: threads that share one wait for each other at every operation, and a core that another
     # process takes for a moment then stops both.
     torch.set_num_threads(1)
-    with _bound(plan.host, plan.port) as bound:
-        metrics = ServeMetrics()
-        live = LiveScorer(plan.checkpoint_path, _loader(plan, ReaderMetrics(metrics.registry)))
+    metrics = ServeMetrics()
+    with _bound(plan.host, plan.port) as bound, _read_log(plan.sampling, metrics) as read_log:
+        live = LiveScorer(plan.checkpoint_path, _loader(plan, ReaderMetrics(metrics.registry), read_log))
         batcher = Batcher(lambda asked: live.scorer.score(asked), plan.rules)
-        serving = Serving(live=live, batcher=batcher, metrics=metrics)
+        shadow = None if plan.shadow is None else Shadow(plan.shadow, _shadow_loader(plan), metrics)
+        serving = Serving(live=live, batcher=batcher, metrics=metrics, shadow=shadow)
         server = _Server(serving, plan)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         server.run(sockets=[bound])
     structlog.get_logger().info("server ended")
 
 
-def _loader(plan: ServePlan, metrics: ReaderMetrics) -> Callable[[Path], Scorer]:
+def _read_log(
+    sampling: Sampling | None, metrics: ServeMetrics
+) -> AbstractContextManager[ReadLog] | AbstractContextManager[None]:
+    """Closed when the server has answered all."""
+    if sampling is None:
+        return nullcontext()
+    from jobs.read_log import ReadLog, ReadLogMetrics
+
+    return closing(ReadLog(sampling.path, sampling.share, sampling.key, metrics=ReadLogMetrics(metrics.registry)))
+
+
+def _loader(plan: ServePlan, metrics: ReaderMetrics, read_log: ReadLog | None = None) -> Callable[[Path], Scorer]:
     def load(path: Path) -> Scorer:
         opened = Opened(open_checkpoint(path))
         reader = Reader(plan.store.open(), opened, plan.limits, plan.placement.device, metrics)
         scorer = load_scorer(opened.checkpoint, reader.fold, reader, plan.placement)
         _warm_up(scorer)
-        return scorer
+        # Only now: what warms it up is nobody's read.
+        return replace(scorer, read_log=read_log)
 
     return load
+
+
+def _shadow_loader(plan: ServePlan) -> Callable[[Path], Scorer]:
+    """What its reader counts is not to be taken for the live one's, and it keeps no rows: nobody waits for it."""
+    return _loader(replace(plan, limits=replace(plan.limits, kept_bytes=0)), ReaderMetrics(CollectorRegistry()))
 
 
 def _warm_up(scorer: Scorer) -> None:

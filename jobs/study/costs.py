@@ -53,7 +53,7 @@ def costs(ranker: Ranker, checkpoint: Checkpoint, impressions: Sequence[Impressi
     )
     if isinstance(ranker.history, VqlHistory) and not counts_exactly(checkpoint.manifest.model):
         fold = folded(ranker, checkpoint)
-        rows = [_row(impression, fold, length) for impression in longest]
+        rows = [row_of(impression, fold, length) for impression in longest]
         bytes_per_user = float(np.mean([encode_row(row).size_bytes for row in rows]))
         calls = [_from_cache(ranker, candidate_BC, row, fold, one) for row, one in zip(rows, longest, strict=True)]
     else:
@@ -98,7 +98,7 @@ def _events_bytes(ranker: Ranker, impression: Impression, length: int) -> float:
     return of_events + len(values) * (4 + 4 * len(ranker.counting.half_life_ms))
 
 
-def _row(impression: Impression, using: Fold, length: int) -> Row:
+def row_of(impression: Impression, using: Fold, length: int) -> Row:
     """The row of a user with the newest events of an impression's history."""
     item_L, action_L, time_ms_L, weight_L = (
         getattr(impression, name)[-length:] for name in ("item_L", "action_L", "time_ms_L", "weight_L")

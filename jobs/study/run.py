@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from rich.console import Console
 from jobs.baskets import ExamplePlan
 from jobs.bench import machine, versions
 from jobs.datasets.dataset import DataSet, prepare
-from jobs.evaluate import Scores, score_raw
+from jobs.evaluate import Scores, kept_scores, score_raw
 from jobs.event_log import read_events
 from jobs.examples import Vocabulary, build_vocabulary, extended, write_examples
 from jobs.spark import read_delta, table_version
@@ -206,15 +206,7 @@ def _items(checkpoint: Checkpoint, heldout: HeldOut) -> tuple[np.ndarray, np.nda
 
 def _scores(ranker: Ranker, checkpoint: Checkpoint, heldout: HeldOut, length: int, work: Path) -> Scores:
     path = work / "scores" / f"{digest([checkpoint.checkpoint_id, heldout.digest, length])}.npz"
-    if path.exists():
-        with np.load(path) as kept:
-            return Scores(**kept)
-    scores = score_raw(ranker, heldout.impressions, length)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part.npz")
-    np.savez(part, **{field.name: getattr(scores, field.name) for field in fields(scores)})
-    part.replace(path)
-    return scores
+    return kept_scores(path, lambda: score_raw(ranker, heldout.impressions, length))
 
 
 def _train_s(work: Path, checkpoint: Checkpoint) -> float:

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.ranker import Shape
 from models.rivals.events import item_vectors
+from models.rivals.memory_kernels import Write
 
 SLOTS = 8
 # In training, a longer history is gone along once more in the backward pass, CHUNK events at a time: else the states
@@ -72,13 +73,27 @@ class MemoryHistory(nn.Module):
             event_BLd.new_zeros(batch, self.values),
             self.first_SV.expand(batch, -1, -1),
         )
+        along = self._along_compiled if event_BLd.device.type == "cpu" else self._along
         for start in range(0, length, CHUNK):
             part = event_BLd[:, start : start + CHUNK], real_BL[:, start : start + CHUNK], *state
             if start + CHUNK < length:
-                state = State(*checkpoint(self._along, *part, use_reentrant=False, preserve_rng_state=False))
+                state = State(*checkpoint(along, *part, use_reentrant=False, preserve_rng_state=False))
             else:
-                state = self._along(*part)
+                state = along(*part)
         return state.memory_BSV
+
+    def _along_compiled(self, event_BLd, real_BL, hidden_Bd, read_BV, memory_BSV) -> State:
+        """`_along`, in one call."""
+        by_event_Xd, by_read_XV = self.controller.weight_ih.split([event_BLd.shape[2], self.values], dim=1)
+        input_LBX = functional.linear(event_BLd.transpose(0, 1), by_event_Xd, self.controller.bias_ih)
+        weights = (
+            by_read_XV.T,
+            self.controller.weight_hh.T,
+            self.controller.bias_hh,
+            self.heads.weight.T,
+            self.heads.bias,
+        )
+        return State(*Write.apply(input_LBX, real_BL.T, hidden_Bd, read_BV, memory_BSV, *weights))
 
     def _along(self, event_BLd, real_BL, hidden_Bd, read_BV, memory_BSV) -> State:
         """The state after these events."""

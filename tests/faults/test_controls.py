@@ -211,7 +211,7 @@ RULES = {
         outcome="lost",
     ),
     "a store that is away is waited for": Rule(
-        file="pipelines/patient_rows.py",
+        file="feature_repo/patient_rows.py",
         text="retry=retry_if_exception_type(UnavailableError),",
         off="retry=retry_if_exception_type(()),",
         scenarios=[take_the_store_away],

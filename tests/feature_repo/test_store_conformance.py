@@ -185,11 +185,23 @@ def test_a_user_asked_for_twice_is_answered_twice(store):
     assert store.get_rows(A, ["u", "v", "u"]) == [row, None, row]
 
 
+def test_stamps_are_those_of_the_rows(store):
+    stamps = {"u": stamp(2**40, epoch=3, revision=7, partition=11), "new": stamp(-1), "x" * 600: stamp(5)}
+    store.put_rows(A, [whole(user_id, at) for user_id, at in stamps.items()])
+    store.put_rows(A, [partial("new", stamp(0), follows=stamp(-1))])
+    stamps["new"] = stamp(0)
+    asked = ["nobody", *stamps, "u", *HOSTILE]
+    assert store.get_stamps(A, asked) == [stamps.get(user_id) for user_id in asked]
+    assert store.get_stamps(B, ["u"]) == [None]
+    assert store.get_stamps(A, []) == []
+
+
 def test_hostile_user_ids_are_only_ids(store):
     for n, user_id in enumerate(HOSTILE):
         assert store.put_rows(A, [whole(user_id, stamp(n))]) == [True], user_id
     expected = [bytes_of(whole(user_id, stamp(n))) for n, user_id in enumerate(HOSTILE)]
     assert store.get_rows(A, HOSTILE) == expected
+    assert store.get_stamps(A, HOSTILE) == [stamp(n) for n in range(len(HOSTILE))]
     assert store.delete_user("glob*?[a]") == 1
     assert store.get_rows(A, HOSTILE) == [
         None if u == "glob*?[a]" else e for u, e in zip(HOSTILE, expected, strict=True)

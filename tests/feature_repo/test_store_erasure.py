@@ -42,6 +42,7 @@ def test_an_expired_row_is_absent_for_readers_for_the_fence_and_for_the_count(su
     assert (get(store, "u"), store.count_rows(A)) == (bytes_of(whole("u", stamp(9))), 2)
     subject.wait(1.5)
     assert (get(store, "u"), store.count_rows(A)) == (None, 0)
+    assert store.get_stamps(A, ["u", "v"]) == [None, None]
     for put in (partial, whole):
         assert store.put_rows(A, [put("u", stamp(10), follows=stamp(9))]) == [False]
     assert store.put_rows(A, [whole("u", stamp(1), follows=stamp(-1)), whole("v", stamp(1))]) == [True, True]

@@ -23,14 +23,19 @@ def start(arguments: Sequence[object], cwd: Path) -> subprocess.Popen[bytes]:
 
 def kill_when(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
     """Kill -9 the process and its descendants as soon as `reached`; it must not have ended before."""
-    deadline = time.monotonic() + KILL_WAIT_S
     try:
-        while not reached():
-            assert process.poll() is None, f"ended with {process.returncode} before it could be killed"
-            assert time.monotonic() < deadline, "never got as far as the kill"
-            time.sleep(0.005)
+        wait_until(process, reached)
     finally:
         kill(process)
+
+
+def wait_until(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
+    """Wait for a process that must not end before."""
+    deadline = time.monotonic() + KILL_WAIT_S
+    while not reached():
+        assert process.poll() is None, f"ended with {process.returncode} before what was waited for"
+        assert time.monotonic() < deadline, "never got as far"
+        time.sleep(0.005)
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:

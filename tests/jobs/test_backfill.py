@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from inspect import signature
 from pathlib import Path
+from subprocess import Popen
 
 import msgspec
 import pyarrow as pa
@@ -12,14 +16,17 @@ import pytest
 from msgspec.structs import replace
 
 from feature_repo.handle import StoreHandle
-from jobs.backfill import backfill, fold_users
+from feature_repo.opened import Opened
+from jobs.backfill import PUTS_PER_S, backfill
+from jobs.backfill_task import fold_users
+from jobs.cli import backfill as backfill_command
 from jobs.ingest import NewLog, ingest
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import CheckpointError, InputError, StoreError, WireError
 from models.event import parse
 from models.row import Row, RowBytes, advance, encode_row, new_row
 from models.wire import Stamp
-from tests.jobs.processes import kill_when, start
+from tests.jobs.processes import KILL_WAIT_S, kill, kill_when, start, wait_until
 from tests.jobs.tiny import DAYS, USERS, Shop, logged, purchases, source, take, write_rows
 from tests.pipelines.small_log import assert_rows_equal, read_rows, recent_of
 from tests.small_ranker import scoring_checkpoint
@@ -164,8 +171,8 @@ def test_users_of_many_batches_have_the_same_rows(
 
 def test_no_batch_and_an_empty_batch_give_no_rows(spark, shop: Shop, checkpoint: Checkpoint) -> None:
     empty = pa.RecordBatch.from_pylist([], FOLDED)
-    assert list(fold_users(iter([]), checkpoint, 1)) == []
-    assert list(fold_users(iter([empty]), checkpoint, 1)) == []
+    assert list(fold_users([], Opened(checkpoint), 1)) == []
+    assert list(fold_users([empty], Opened(checkpoint), 1)) == []
 
 
 def test_a_row_of_nulls_erases_what_came_before_it_of_its_user(checkpoint: Checkpoint) -> None:
@@ -178,7 +185,7 @@ def test_a_row_of_nulls_erases_what_came_before_it_of_its_user(checkpoint: Check
     # Each row in a batch of its own, and all in one.
     for batches in ([[r] for r in rows], [rows]):
         records = [pa.RecordBatch.from_pylist(batch, FOLDED) for batch in batches]
-        found = dict(fold_users(iter(records), checkpoint, 1))
+        found = dict(fold_users(records, Opened(checkpoint), 1))
         assert {user: (r.count, r.stamp.offset) for user, r in found.items()} == {"a": (1, 5), "b": (0, 3)}
 
 
@@ -226,6 +233,10 @@ def test_a_store_that_fails_under_the_workers_says_so(
         backfill(spark, checkpoint, shop.log, store)
 
 
+def test_the_command_and_the_job_have_the_same_pace() -> None:
+    assert signature(backfill_command).parameters["puts_per_s"].default == PUTS_PER_S
+
+
 @pytest.mark.slow
 def test_after_a_kill_the_same_command_completes_the_rows(spark, tmp_path: Path) -> None:
     checkpoint, log, state = scoring_checkpoint(tmp_path / "checkpoint"), tmp_path / "log", tmp_path / "state"
@@ -239,10 +250,70 @@ def test_after_a_kill_the_same_command_completes_the_rows(spark, tmp_path: Path)
 
     done = backfill(spark, checkpoint, log, store)
 
-    assert (done.users, done.events, rows_in(state)) == (MANY, MANY, MANY)
+    assert (done.users, done.events, done.newer, rows_in(state)) == (MANY, MANY, 0, MANY)
     wanted = plain_rows(checkpoint, log, done.cut)
     found = store.open().get_rows(checkpoint.checkpoint_id, list(wanted))
     assert found == [encode_row(row) for row in wanted.values()]
+
+
+@pytest.mark.slow
+def test_a_backfill_beside_the_running_stream_loses_and_doubles_nothing(
+    spark, shop: Shop, checkpoint: Checkpoint, own_shop: Shop, tmp_path: Path
+) -> None:
+    log, store, end = own_shop.log, StoreHandle(state=tmp_path / "state"), ends(shop.log)
+    store.state.mkdir()
+    backfill(spark, checkpoint, log, store, {0: 100, 1: 40})
+    folders = {"checkpoint": checkpoint.path, "log": log, "state": store.state}
+    stream = start(["stream", *(f"--{name}={path}" for name, path in folders.items())], tmp_path)
+    try:
+        # It begins at that cut, and keeps rows in memory.
+        caught_up(stream, store, checkpoint, log)
+        # It is further than this cut in one partition, and not in the other, whose rows are replaced under it.
+        again = backfill(spark, checkpoint, log, store, {0: 200, 1: end[1]})
+        assert (again.revision, again.newer) == (1, sum(user_partition == 0 for user_partition in partitions(log)))
+        append(spark, log, DAYS)
+        caught_up(stream, store, checkpoint, log)
+        assert revisions(store, checkpoint) == {0: {0}, 1: {1}}
+        with ThreadPoolExecutor(1) as beside:
+            last = beside.submit(backfill, spark, checkpoint, log, store)
+            append(spark, log, DAYS + 1)
+            append(spark, log, DAYS + 2)
+        caught_up(stream, store, checkpoint, log)
+        assert last.result().revision == 2
+        stream.send_signal(signal.SIGTERM)
+        assert stream.wait(KILL_WAIT_S) == 0
+    finally:
+        kill(stream)
+
+    found = read_rows(store.open(), checkpoint, NAMES)
+    assert sum(row.count for row in found.values()) == USERS * (DAYS + 3) * 2
+    assert_rows_equal(
+        {user_id: revised(row, 0) for user_id, row in found.items()},
+        {user_id: revised(row, 0) for user_id, row in plain_rows(checkpoint, log, ends(log)).items()},
+    )
+
+
+def append(spark, log: Path, day: int) -> None:
+    ingest(spark, source(write_rows(log.parent / f"day-{day}.parquet", purchases(range(day, day + 1)))), log)
+
+
+def caught_up(stream: Popen[bytes], store: StoreHandle, checkpoint: Checkpoint, log: Path) -> None:
+    """Wait until the stream has committed all of the log."""
+    wanted = {partition: (1, offset) for partition, offset in ends(log).items()}
+    wait_until(stream, lambda: store.open().positions(checkpoint.checkpoint_id) == wanted)
+
+
+def partitions(log: Path) -> list[int]:
+    """Each user's partition."""
+    return list({event["user_id"]: event["partition"] for event in logged(log)}.values())
+
+
+def revisions(store: StoreHandle, checkpoint: Checkpoint) -> dict[int, set[int]]:
+    """The revisions of the rows of each partition."""
+    found: dict[int, set[int]] = {}
+    for row in read_rows(store.open(), checkpoint, NAMES).values():
+        found.setdefault(row.stamp.partition, set()).add(row.stamp.revision)
+    return found
 
 
 def rows_in(state: Path) -> int:

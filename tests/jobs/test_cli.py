@@ -31,6 +31,7 @@ COMMANDS = {
     "stream": ["--checkpoint", "--log", "--state", "--until", "--from", "--partitions", "--runner", "--dead-letters-t"],
     "dead-letters": ["list", "show", "replay", "Reasons"],
     "data": ["list", "prepare", "Public data sets"],
+    "release": ["add", "gate", "promote", "rollback", "retire", "--dry-run"],
     "doctor": ["--state", "--checkpoint", "exit code", "Example"],
     "rank": ["--candidates", "--checkpoint", "--state", "--now-ms", "The user id"],
     "setup": ["Java", "jars"],

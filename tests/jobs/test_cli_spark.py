@@ -50,6 +50,8 @@ def test_what_a_job_cannot_do_is_said_in_one_line(vql, spark, own_shop: Shop, tm
     assert_one_line(said, 2, "InputError", "'user_id' is not", "FIELD=EXPRESSION")
     (tmp_path / "text.parquet").write_text("user_id,item_id\nu1,i1\n")
     assert_one_line(vql("ingest", "--input", tmp_path / "text.parquet", *log), 2, "InputError", "is --format right?")
+    train = ["--checkpoint", tmp_path / "early", "--work", tmp_path / "work", "--before-ms", 1]
+    assert_one_line(vql("train", "--log", own_shop.log, *train), 2, "InputError", "no events before the cut")
     said = vql("encode-items", "--checkpoint", own_shop.checkpoint, *log)
     assert_one_line(said, 2, "InputError", "events is not a Delta table", "run: vql ingest")
     backfill = ["backfill", "--checkpoint", own_shop.checkpoint, "--log", own_shop.log, "--state", tmp_path / "state"]

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from jobs.baskets import Events, ExamplePlan
 from jobs.popularity import count_popularity
-from jobs.protocols import draw, seen_before, slices, to_impressions
+from jobs.protocols import draw, remember, seen_before, slices, to_impressions
 from jobs.sampling import Items
 from models.errors import InputError
 from models.request import PADDING, Impression, collate
@@ -64,7 +64,10 @@ def made(events: Events, **changes) -> list[Impression]:
         ),
         group_M=GROUP * 0,
     )
-    return to_impressions(events, draw(events, items if plan.within else one_group, plan, ["view", "click", "other"]))
+    actions = ["view", "click", "other"]
+    return to_impressions(
+        *remember(events, draw(events, items if plan.within else one_group, plan, actions), plan, actions)
+    )
 
 
 def columns(impressions: list[Impression]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -252,6 +255,24 @@ def test_what_a_ranker_would_not_know_yet_is_in_no_history(protocol, delay_ms):
         assert impression.item_L.tolist() == whole.item_L[known].tolist()
         assert len(impression.item_L) > 0
     assert any(len(i.item_L) < len(at_once[i.user_id, i.now_ms].item_L) for i in late) == (delay_ms > 1)
+
+
+def test_histories_are_of_the_actions_that_are_remembered():
+    events = commits()
+    asked = {"protocol": "impressions", "shown": ("view",), "clicked": ("click",), "session_ms": 500}
+    some = {(i.user_id, i.now_ms): i for i in made(events, remembered=("other", "click"), **asked)}
+    every = {(i.user_id, i.now_ms): i for i in made(events, **asked)}
+    assert some
+    for at, whole in every.items():
+        kept = whole.action_L != 0
+        assert (at in some) == kept.any()
+        if kept.any():
+            assert some[at].time_ms_L.tolist() == whole.time_ms_L[kept].tolist()
+            assert some[at].item_L.tolist() == whole.item_L[kept].tolist()
+            assert candidates([some[at]]) == candidates([whole])
+            assert some[at].label_C.tolist() == whole.label_C.tolist()
+    assert any((i.action_L == 0).any() for i in every.values())
+    assert len(some) < len(every)
 
 
 def test_a_negative_delay_is_refused():

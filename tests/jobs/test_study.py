@@ -18,7 +18,7 @@ from jobs.study.plan import ABLATIONS, Study, check_study, variants
 from jobs.study.report import markdown, write_html
 from jobs.study.run import cut_of, run_study
 from jobs.train import DAY_MS, TrainJob
-from models.checkpoint import Sizes
+from models.checkpoint import Sizes, open_checkpoint
 from models.counts import CountPlan
 from models.errors import InputError
 from tests.jobs.tiny import DAYS, SIZES, USERS, items, logged, purchases, take, write_rows
@@ -64,6 +64,8 @@ def files(tmp_path_factory) -> Path:
 def test_a_study_says_what_each_model_is_worth_and_costs(spark, files: Path, tmp_path: Path) -> None:
     found = run_study(spark, STUDY, SHOP, files, tmp_path / "work", Console(quiet=True))
 
+    made = [open_checkpoint(path.parent) for path in (tmp_path / "work/checkpoints").glob("*/manifest.json")]
+    assert {checkpoint.manifest.trained_before_ms for checkpoint in made} == {found["cut_ms"]}
     results = found["results"]
     assert list(results) == ["vql", "no_history", "no_history+counts"]
     # 25 % of the events are the last three of twelve days, of which each has a basket of every user.

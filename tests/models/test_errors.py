@@ -34,13 +34,14 @@ def defined() -> dict[str, tuple[str, int]]:
 
 def test_the_drawn_tree_is_the_tree_of_classes_with_their_exit_codes():
     assert documented() == defined()
-    assert len(defined()) == 11
+    assert len(defined()) == 12
 
 
 def test_every_error_is_a_vql_error_with_a_sentence_and_an_exit_code():
     for _, kind in inspect.getmembers(models.errors, inspect.isclass):
         assert issubclass(kind, VqlError)
-        assert 1 <= kind.exit_code <= 6
+        # 7 and 9 are findings of commands that worked: letters left out, reads that disagree.
+        assert kind.exit_code in {1, 2, 3, 4, 5, 6, 8}
         assert kind.__doc__
 
 

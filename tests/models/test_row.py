@@ -14,7 +14,19 @@ from models.cache import CacheSpec, delta
 from models.counts import CountPlan
 from models.errors import ForeignRowError, WireError
 from models.item_table import ItemTable
-from models.row import Fold, Left, Row, RowBytes, advance, decode_row, encode_row, new_row, whole_cache, whole_counts
+from models.row import (
+    Fold,
+    Left,
+    Row,
+    RowBytes,
+    advance,
+    advance_users,
+    decode_row,
+    encode_row,
+    new_row,
+    whole_cache,
+    whole_counts,
+)
 from models.wire import RECENT, Stamp, decode_counts, encode_folded, pack_recent, recent_offsets
 from tests.models.test_cache import HOUR_MS, START_MS, make_spec
 from tests.models.test_counts import assert_formula as assert_counts_formula
@@ -206,6 +218,18 @@ def test_a_new_epoch_starts_its_offsets_again_and_an_old_one_is_skipped():
     assert row.stamp == Stamp(epoch=1, partition=5, offset=2)
     again, left = advance(row, make_log(100), POSITION, using)
     assert (left.skipped, again) == (100, row)
+
+
+def test_users_of_several_partitions_are_advanced_together_and_keep_theirs():
+    using, log = make_fold(4), make_log(30, gap=1)
+    rows = [new_row(using.spec, 0, partition) for partition in (7, 0, 3)]
+    end_U = np.array([10, 10, 30])
+    together = advance_users(rows, log, end_U, POSITION, using).rows
+    assert [row.stamp.partition for row in together] == [7, 0, 3]
+    for row, before, first, last in zip(together, rows, (0, 10, 10), end_U, strict=True):
+        alone, _ = advance(before, log[first:last], replace(before.stamp, offset=0), using)
+        assert_same_row(row, alone)
+        assert encode_row(row) == encode_row(alone)
 
 
 def test_what_is_folded_is_never_stamped_later_than_the_row():

@@ -143,7 +143,9 @@ def test_a_worker_killed_in_the_middle_is_said_and_the_next_start_completes_the_
     )
     killer.start()
 
-    with pytest.raises(MachineError, match=r"^a worker ended in the middle .*; start again"):
+    # Prism seldom misses the end of a worker; after five minutes it is the job that does not answer.
+    said = r"^(a worker ended in the middle |the job service at .* does not answer).*start again, the rows are sound"
+    with pytest.raises(MachineError, match=said):
         run(replace(plan, batch_size=10, bundle_s=0.05, until="forever"), streaming(own_service))
 
     killer.join()

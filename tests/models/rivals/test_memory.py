@@ -48,3 +48,21 @@ def test_chunks_change_neither_what_is_read_nor_the_gradients(tmp_path, monkeypa
     assert request.history.item_BL.shape[1] > 8
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(whole, parts)
+
+
+def test_the_compiled_writing_and_its_gradients_are_the_plain_ones():
+    history = new_ranker("memory").history
+    batch, length, width = 5, 40, history.controller.hidden_size
+    sizes = [(batch, length, width), (batch, width), (batch, history.values), (batch, memory.SLOTS, history.values)]
+    real_BL = torch.rand(batch, length) > 0.2
+    found = []
+    for along in (history._along, history._along_compiled):
+        torch.manual_seed(1)
+        event_BLd, *state = (torch.randn(size, requires_grad=True) for size in sizes)
+        history.zero_grad()
+        after = along(event_BLd, real_BL, *state)
+        sum((n + 1) * part.square().sum() for n, part in enumerate(after)).backward()
+        written = [*history.controller.parameters(), *history.heads.parameters()]
+        found.append([*after, *(part.grad for part in (event_BLd, *state, *written))])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from feature_repo.patient_rows import PatientRows
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.redis_store import RedisRows
 from feature_repo.sqlite_store import SqliteRows
@@ -16,7 +17,6 @@ from feature_repo.store import RowPut
 from models.checkpoint import Checkpoint
 from models.errors import StoreError, UnavailableError
 from models.row import RowBytes
-from pipelines.patient_rows import PatientRows
 from pipelines.update import update_rows
 from tests.pipelines.small_log import assert_rows_equal, plain_rows, read_rows
 from tests.pipelines.test_update import USERS, batch

@@ -1,7 +1,7 @@
-"""Rows of a store that may be away for a moment: calls are made again, and the stream waits meanwhile.
+"""Rows of a store that may be away for a moment: calls are made again, and the writer waits meanwhile.
 
-While a call waits, its bundle does, so nothing more is read: memory stays bounded and the log keeps the rest. When the
-store stays away, or the stream is told to stop, the error goes on, the bundle fails and the next start repeats it.
+While a call waits, its bundle or task does, so nothing more is read: memory stays bounded and the log keeps the rest.
+When the store stays away, or the writer is told to stop, the error goes on; the bundle or task fails and is repeated.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from tenacity.wait import wait_random_exponential
 from feature_repo.store import RowPut, RowStore
 from models.errors import UnavailableError
 from models.row import RowBytes
+from models.wire import Stamp
 
 DEADLINE_S = 300.0
 WAIT_S_MAX = 5.0
 
 
 class PatientRows:
-    """The part of a RowStore that an update needs, tried again on UnavailableError for as long as `deadline_s`.
+    """The part of a RowStore that writers of rows need, tried again on UnavailableError for as long as `deadline_s`.
 
     `retries` counts the calls that were made again. `stop` ends the waiting at once.
     """
@@ -42,6 +43,9 @@ class PatientRows:
 
     def get_rows(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[RowBytes | None]:
         return self._trying(self._rows.get_rows, checkpoint_id, user_ids)
+
+    def get_stamps(self, checkpoint_id: str, user_ids: Sequence[str]) -> list[Stamp | None]:
+        return self._trying(self._rows.get_stamps, checkpoint_id, user_ids)
 
     def put_rows(self, checkpoint_id: str, puts: Sequence[RowPut]) -> list[bool]:
         """What an earlier try has put already is refused, as if another writer had: the caller reads it again."""

@@ -1,0 +1,1 @@
+"""Releases: which checkpoint rankers read, which were before it and may come after it."""
