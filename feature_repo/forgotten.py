@@ -1,8 +1,7 @@
 """The log's table `forgotten`: who was forgotten up to where, for whoever writes or reads a log, and what was done.
 
 A row of the kind "request" suppresses; one of the kind "done" is the audit record of a run, with its counts. Neither
-has an id. The row of nobody (the hash of an id that is none) tells whether a key is the one that the table was made
-with: with another one nobody would be found in it, and everybody brought back.
+has an id. All rows are of one key, and say which: with another one nobody would be found, and everybody brought back.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from models.errors import InputError, VqlError
-from models.forgotten import KEY_VARIABLE, NOBODY, NOBODY_FORGOTTEN, Forgotten, Request, hash_user
+from models.forgotten import NOBODY_FORGOTTEN, Forgotten, Request
+from models.user_hash import KEY_FILE, hashed_user, key_id, user_hash_key
 
 FORGOTTEN = "forgotten"
 REQUEST, DONE = "request", "done"
@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 SCHEMA = pa.schema(
     [
         ("kind", pa.string()),
-        ("user_hash", pa.string()),
+        ("user_hash", pa.binary()),
+        ("key_id", pa.string()),
         ("epoch", pa.int32()),
         ("partition", pa.int32()),
         ("offset", pa.int64()),
@@ -55,22 +56,20 @@ def read_forgotten(ref: ForgottenRef) -> Forgotten:
         return Forgotten(key_file=ref.key_file)
     except (DeltaError, OSError) as error:
         raise InputError(f"the list of forgotten users {ref.path} cannot be read: {error}; restore it") from error
-    requests: dict[str, tuple[Request, ...]] = {}
+    mine = key_id(user_hash_key(ref.key_file))
+    if any(row["key_id"] != mine for row in rows):
+        raise InputError(f"{KEY_FILE}: {ref.key_file} is another key than the one that {ref.path} was made with")
+    requests: dict[bytes, tuple[Request, ...]] = {}
     for row in sorted(rows, key=lambda row: row["written_ms"]):
         if row["kind"] == REQUEST:
             request = Request(*(row[name] for name in Request._fields))
             requests[row["user_hash"]] = (*requests.get(row["user_hash"], ()), request)
-    if requests.pop(hash_user(ref.key_file, NOBODY), None) is None:
-        raise InputError(f"{KEY_VARIABLE}: {ref.key_file} is another key than the one that {ref.path} was made with")
     return Forgotten(key_file=ref.key_file, requests=requests)
 
 
 def write_requests(ref: ForgottenRef, user_id: str, requests: Sequence[Request], now_ms: int) -> None:
     """Suppress the user up to these positions. The first request of all makes the table."""
-    rows = [_row(ref, REQUEST, user_id, request, now_ms) for request in requests]
-    if not DeltaTable.is_deltatable(str(ref.path)):
-        rows.insert(0, _row(ref, REQUEST, NOBODY, Request(0, 0, -1, now_ms), now_ms))
-    _append(ref.path, rows)
+    _append(ref.path, [_row(ref, REQUEST, user_id, request, now_ms) for request in requests])
 
 
 def write_done(ref: ForgottenRef, user_id: str, request: Request, counts: Mapping[str, int], now_ms: int) -> None:
@@ -80,8 +79,9 @@ def write_done(ref: ForgottenRef, user_id: str, request: Request, counts: Mappin
 
 
 def _row(ref: ForgottenRef, kind: str, user_id: str, request: Request, now_ms: int) -> dict[str, object]:
-    told = {"kind": kind, "user_hash": hash_user(ref.key_file, user_id), "written_ms": now_ms, "counts": None}
-    return told | request._asdict()
+    key = user_hash_key(ref.key_file)
+    who = {"user_hash": hashed_user(user_id, key), "key_id": key_id(key)}
+    return {"kind": kind, "written_ms": now_ms, "counts": None} | who | request._asdict()
 
 
 def _append(path: Path, rows: list[dict[str, object]]) -> None:

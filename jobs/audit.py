@@ -106,12 +106,13 @@ class _Job:
 def _logged(job: _Job, audited: AuditedLog, part: LoggedReads) -> DataFrame:
     """The logged reads with their users' ids, which only the log of events has."""
     reads = logged_reads(job.spark, part, job.checkpoint.checkpoint_id)
-    return reads.join(audited.hashed_users(part.key), "user_hash", "left").select(COLUMNS)
+    named = reads.join(audited.hashed_users(part.key_file), "user_hash", "left").select(COLUMNS)
+    return audited.after_requests(named)
 
 
 def _sampled_users(job: _Job) -> DataFrame:
     """Users of the log by a hash of the id and the day, so that all have a turn."""
-    users = read_records(job.spark, job.log).select("user_id").distinct()
+    users = read_records(job.spark, job.log).where("user_id IS NOT NULL").select("user_id").distinct()
     drawn = F.xxhash64("user_id", F.lit(job.plan.now_ms // DAY_MS))
     return users.orderBy(drawn, "user_id").limit(job.plan.store_users)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,9 +14,9 @@ from pyspark.sql import functions as F
 
 from feature_repo.handle import StoreHandle
 from jobs.spark import read_delta
-from jobs.user_hash import key_id
 from models.errors import InputError, WireError
 from models.row import RowBytes
+from models.user_hash import key_id, user_hash_key
 from models.wire import FOLDED_MAGIC, RECENT_MAGIC, Stamp, read_header
 
 USERS_PER_READ = 200
@@ -43,10 +43,10 @@ _STORED = pa.schema(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoggedReads:
-    """Which reads of a read log, and the key that its users are hashed with."""
+    """Which reads of a read log, and the file of the key that its users are hashed with."""
 
     path: Path
-    key: bytes = field(repr=False)
+    key_file: Path | None
     since_ms: int
     until_ms: int
 
@@ -54,11 +54,11 @@ class LoggedReads:
 def logged_reads(spark: SparkSession, part: LoggedReads, checkpoint_id: str) -> DataFrame:
     """The reads of a checkpoint, with user_hash in place of user_id; those of another key are left out.
 
-    Raises InputError when there is no read log, or none of these in it.
+    Raises InputError when there is no read log, or none of these in it, and for no key.
     """
     since_ms, until_ms = part.since_ms, part.until_ms
     reads = read_delta(spark, part.path).where(F.col("checkpoint_id") == checkpoint_id)
-    reads = reads.where(F.col("key_id") == key_id(part.key))
+    reads = reads.where(F.col("key_id") == key_id(user_hash_key(part.key_file)))
     # Days are folders.
     days = (F.col("day") >= day_of(since_ms)) & (F.col("day") <= day_of(until_ms))
     within = (F.col("read_ms") >= since_ms) & (F.col("read_ms") < until_ms)

@@ -152,8 +152,8 @@ class _Comparer:
 
     def _difference(self, read: dict) -> Difference:
         if read["wanted_folded"] is None:
-            # The log has records of the user, but none up to this stamp.
-            return Difference(STAMP)
+            # The log has records of the user, but none up to this stamp: the user had none yet, or was forgotten.
+            return Difference(EXTRA)
         found = RowBytes(folded=read["folded"] or b"", recent=read["recent"])
         return difference(found, _wanted(read), self._using, self._tolerance.error, later_items=read["later_items"])
 

@@ -6,7 +6,7 @@ file was written that holds them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,15 +16,27 @@ from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from feature_repo.opened import Opened
+from feature_repo.reader import ReadLimits
 from jobs.backfill import FOLDED
 from jobs.backfill_task import fold_users
-from jobs.event_log import TOMBSTONE, LogFacts, log_facts, standing
+from jobs.event_log import (
+    TOMBSTONE,
+    LogFacts,
+    forgotten_here,
+    forgotten_of,
+    log_facts,
+    not_covered,
+    standing,
+    tombstones,
+    without_forgotten,
+)
 from jobs.spark import read_delta, table_version
-from jobs.user_hash import hashed_user
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.errors import InputError
+from models.forgotten import Request
 from models.item_table import read_index
 from models.row import encode_row
+from models.user_hash import hashed_user, user_hash_key
 
 ROWS_PER_BATCH_BYTES = 16 << 20
 # From an item's segment on disk to the table of every stream, and a clock that is not the writer's.
@@ -35,12 +47,18 @@ FIRST_RUN = (".", "run-00000")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditedLog:
-    """A version of a log. records: those of its epoch, and log_ms, since when each was there. ends: last offsets."""
+    """A version of a log. records: those of its epoch, and log_ms, since when each was there. ends: last offsets.
+
+    Of forgotten users there is a tombstone where the request is, and what came after it. forgotten: their requests by
+    user, unnamed: those whose id the log no longer has, by their hash in hexadecimal, which is their name here.
+    """
 
     version: int
     facts: LogFacts
     records: DataFrame
     ends: dict[int, int]
+    forgotten: Mapping[str, tuple[Request, ...]]
+    unnamed: Mapping[str, bytes]
 
     @classmethod
     def open(cls, spark: SparkSession, log: Path) -> AuditedLog:
@@ -50,15 +68,39 @@ class AuditedLog:
         version, facts = table_version(spark, log / "events"), log_facts(spark, log / "events")
         since = F.coalesce("log_time_ms", F.unix_millis("_metadata.file_modification_time"))
         rows = read_delta(spark, log / "events", version).where(F.col("epoch") == facts.epoch)
-        records = rows.select("*", since.alias("log_ms"))
-        ends = {row[0]: row[1] for row in records.groupBy("partition").agg(F.max("offset")).collect()}
+        rows = rows.select("*", since.alias("log_ms"))
+        ends = {row[0]: row[1] for row in rows.groupBy("partition").agg(F.max("offset")).collect()}
         if not ends:
             raise InputError("the log is empty: there is nothing to compare with; run vql ingest first")
-        return cls(version=version, facts=facts, records=records, ends=ends)
+        forgotten = forgotten_of(log)
+        named = forgotten_here(rows, forgotten)
+        hashes = forgotten.requests.keys() - {forgotten.hash(user_id) for user_id in named}
+        unnamed = {user_hash.hex(): user_hash for user_hash in hashes}
+        gone = named | {name: forgotten.requests[user_hash] for name, user_hash in unnamed.items()}
+        records = without_forgotten(rows, named)
+        if gone:
+            begun = tombstones(spark, gone, facts.epoch)
+            records = records.unionByName(begun.withColumn("log_ms", F.col("log_time_ms")))
+        return cls(version=version, facts=facts, records=records, ends=ends, forgotten=gone, unnamed=unnamed)
 
-    def hashed_users(self, key: bytes) -> DataFrame:
+    def hashed_users(self, key_file: Path | None) -> DataFrame:
         """Every user id with its keyed hash."""
-        return self.records.select("user_id").distinct().mapInArrow(_hasher(key), "user_id string, user_hash binary")
+        columns, users = "user_id string, user_hash binary", self.records.select("user_id").distinct()
+        if not self.unnamed:
+            return users.mapInArrow(_hasher(key_file), columns)
+        unnamed = F.broadcast(users.sparkSession.createDataFrame([*self.unnamed.items()], columns))
+        hashed = users.join(unnamed, "user_id", "left_anti").mapInArrow(_hasher(key_file), columns)
+        return hashed.unionByName(unnamed)
+
+    def after_requests(self, reads: DataFrame) -> DataFrame:
+        """Without reads of forgotten users from before the request: they were right, and can't be made anew.
+
+        A ranker that read a row before may have given it for as long as it keeps rows.
+        """
+        if not self.forgotten:
+            return reads
+        kept_ms = round(ReadLimits().kept_s * 1000)
+        return not_covered(reads, self.forgotten, f"place.read_ms <= request.requested_ms + {kept_ms}")
 
     def first_standing(self, users: DataFrame) -> DataFrame:
         """Since when the log has had an event of each of these users that no tombstone erases: first_ms."""
@@ -104,8 +146,9 @@ def known_since_ms(items: Path) -> np.ndarray:
     return np.repeat(np.array(since, np.int64), [segment.items for segment in segments])
 
 
-def _hasher(key: bytes) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+def _hasher(key_file: Path | None) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def hash_task(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        key = user_hash_key(key_file)
         for batch in batches:
             hashes = [hashed_user(user_id, key) for user_id in batch["user_id"].to_pylist()]
             yield pa.record_batch({"user_id": batch["user_id"], "user_hash": pa.array(hashes, pa.binary())})

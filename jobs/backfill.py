@@ -8,7 +8,7 @@ cut: no gap, no overlap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -21,10 +21,19 @@ from feature_repo.handle import StoreHandle
 from feature_repo.store import Backfill, bind_topic
 from jobs.backfill_progress import progress_shown
 from jobs.backfill_task import RowTask, write_rows
-from jobs.event_log import LogFacts, log_facts, read_records
+from jobs.event_log import (
+    LogFacts,
+    forgotten_here,
+    forgotten_of,
+    log_facts,
+    read_records,
+    tombstones,
+    without_forgotten,
+)
 from jobs.spark import errors_of_workers
 from models.checkpoint import Checkpoint
 from models.errors import InputError, StoreError
+from models.forgotten import Request
 
 # What a fold takes of a record. The hash is that of models.event.hash_event_id, which is the common CRC-32.
 FOLDED = (
@@ -52,16 +61,17 @@ def backfill(
     puts_per_s: rows of all tasks together, 0 for no limit. It is divided by the cores that the job has when it begins.
     Raises InputError for an empty log or a cut beyond it, StoreError when the rows do not add up to the log.
     """
-    events = read_records(spark, log)
+    records = read_records(spark, log)
+    gone = forgotten_here(records, forgotten_of(log))
     facts = log_facts(spark, log / "events")
     rows = store.open()
     revision = _next_revision(rows.backfill(checkpoint.checkpoint_id), facts)
-    cut = _resolve_cut(events, cut)
+    cut = _resolve_cut(records, cut)
     if facts.topic_id is not None:
         bind_topic(rows, checkpoint.checkpoint_id, facts.epoch, facts.topic_id, facts.partitions)
     items = len(checkpoint.fold().table)  # refuse a missing item table here rather than on an executor
-    wanted = events_up_to(events, cut)
-    expected = sum(offset + 1 for offset in cut.values()) if facts.dense else wanted.count()
+    wanted = events_up_to(_standing(records, gone, facts.epoch), cut)
+    expected = sum(offset + 1 for offset in cut.values()) if facts.dense and not gone else wanted.count()
     cores = spark.sparkContext.defaultParallelism
     tasks = max(cores, ceil(expected / EVENTS_PER_TASK))
     task = RowTask(
@@ -107,6 +117,16 @@ def _next_revision(before: Backfill | None, facts: LogFacts) -> int:
             f"epoch {facts.epoch}: their offsets do not compare; ingest the new log with --epoch {before.epoch + 1}"
         )
     return before.revision + 1
+
+
+def _standing(records: DataFrame, gone: Mapping[str, Sequence[Request]], epoch: int) -> DataFrame:
+    """Without the forgotten. The row of one who came back begins where the request is, as the stream's does."""
+    standing = without_forgotten(records, gone)
+    if not gone:
+        return standing
+    back = standing.where(F.col("user_id").isin(list(gone))).select("user_id").distinct().collect()
+    begun = tombstones(records.sparkSession, {user_id: gone[user_id] for (user_id,) in back}, epoch)
+    return standing.unionByName(begun)
 
 
 def _resolve_cut(events: DataFrame, cut: Mapping[int, int] | None) -> dict[int, int]:

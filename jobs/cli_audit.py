@@ -52,8 +52,9 @@ def audit(
 ) -> None:
     """Compare what rankers read, and what the store holds, with the rows that the event log gives for the same stamps.
 
-    Users of logged reads are found by the hash of VQL_USER_HASH_KEY_FILE (or _KEY). Exit code 9: more reads disagree
-    than may. --repair never replaces a row that is newer than the log's copy: run it again when that has caught up.
+    Users of logged reads are found by the hash of VQL_USER_HASH_KEY_FILE; of the forgotten only the empty row is right.
+    Exit code 9: more reads disagree than may. --repair never replaces a row that is newer than the log's copy: run it
+    again when that has caught up.
 
     Example: vql audit --checkpoint live --log build/log --state build/state --read-log build/reads --store-sample 1000
     """
@@ -65,14 +66,14 @@ def audit(
     from jobs.audit_verdicts import Tolerance
     from jobs.read_log import forget_before
     from jobs.spark import open_spark
-    from jobs.user_hash import user_hash_key
     from models.checkpoint import open_checkpoint
+    from models.user_hash import chosen_key_file
 
     now_ms = int(time.time() * 1000)
     reads = None
     if read_log is not None:
         since_ms = now_ms - round(hours * 3_600_000)
-        reads = LoggedReads(path=read_log, key=user_hash_key(), since_ms=since_ms, until_ms=now_ms)
+        reads = LoggedReads(path=read_log, key_file=chosen_key_file(), since_ms=since_ms, until_ms=now_ms)
     plan = AuditPlan(
         reads=reads,
         store_users=store_sample,

@@ -171,7 +171,7 @@ def replay(
     Example: vql dead-letters replay --log build/log --topic events --reason future --yes
     """
     from feature_repo.forgotten import FORGOTTEN, ForgottenRef, read_forgotten
-    from models.forgotten import chosen_key_file
+    from models.user_hash import chosen_key_file
     from pipelines.dead_letters import summaries
     from pipelines.kafka_settings import kafka_settings
     from pipelines.kafka_topic import KafkaLog, open_topic

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from models.errors import InputError
 
 if TYPE_CHECKING:
     from jobs.forget import Outcome, Places
+    from pipelines.tombstones import TopicOfUsers
 
 LEFT = 7
 out = Console(highlight=False)
@@ -28,6 +30,9 @@ def forget(
         str | None, typer.Option(help="The Kafka topic that the log is the copy of, at VQL_KAFKA_BOOTSTRAP_SERVERS.")
     ] = None,
     epoch: Annotated[int, typer.Option(min=1, help="The topic's epoch, as for vql stream.")] = 1,
+    read_log: Annotated[
+        Path | None, typer.Option(resolve_path=True, help="Where rankers log their reads (vql serve --read-log).")
+    ] = None,
     retain: Annotated[
         int,
         typer.Option(
@@ -48,10 +53,10 @@ def forget(
     ] = [],
     also_topic: Annotated[list[str], typer.Option(help="With --verify: a further topic, as of dead letters.")] = [],
 ) -> None:
-    """Erase a user from the log, its tables, dead letters and the rows of every checkpoint, and keep it so.
+    """Erase a user from the log, its tables, dead letters, logged reads and the rows of every checkpoint; keep it so.
 
     Everything at or below the position of a tombstone is forgotten: ingest, stream, backfill and replays leave it out
-    from now on, known by a keyed hash (VQL_FORGET_KEY_FILE: a file of at least 32 random bytes, never to be lost).
+    from now on, known by a keyed hash (VQL_USER_HASH_KEY_FILE: a file of 16 to 64 random bytes, never to be lost).
     What the user does afterwards is a new beginning. What others may still be reading goes with the first run after
     --retain hours; a second run goes on with the same request. Kill it at will.
 
@@ -63,7 +68,7 @@ def forget(
     from jobs.forget import plan
 
     user_id = _read_id(user)
-    places = _places(log, state, (topic, epoch), also, also_topic)
+    places = replace(_places(log, state, topic, epoch), read_log=read_log, folders=also, topics=_topics(also_topic))
     if verify:
         _show_left(places, user_id)
         return
@@ -80,31 +85,22 @@ def _read_id(user: str) -> str:
     return user_id
 
 
-def _places(log: Path, state: Path, topic: tuple[str | None, int], also: list[Path], also_topic: list[str]) -> Places:
+def _places(log: Path, state: Path, topic: str | None, epoch: int) -> Places:
     from feature_repo.handle import StoreHandle
     from jobs.forget import Places
-    from models.forgotten import KEY_VARIABLE, chosen_key_file
+    from models.user_hash import chosen_key_file, user_hash_key
+
+    user_hash_key(key_file := chosen_key_file())
+    opened = None if topic is None else _topics([topic], epoch)[0]
+    return Places(log=log, state=state, rows=StoreHandle(state=state).open(), key_file=key_file, topic=opened)
+
+
+def _topics(names: list[str], epoch: int = 1) -> list[TopicOfUsers]:
     from pipelines.kafka_settings import kafka_settings
     from pipelines.kafka_topic import KafkaLog
     from pipelines.tombstones import TopicOfUsers
 
-    key_file = chosen_key_file()
-    if key_file is None:
-        raise InputError(f"{KEY_VARIABLE} is not set: name a file of at least 32 random bytes, and keep it")
-
-    def opened(name: str, epoch: int = 1) -> TopicOfUsers:
-        return TopicOfUsers(source=KafkaLog(kafka=kafka_settings(), topic=name, epoch=epoch))
-
-    name, epoch = topic
-    return Places(
-        log=log,
-        state=state,
-        rows=StoreHandle(state=state).open(),
-        key_file=key_file,
-        topic=None if name is None else opened(name, epoch),
-        folders=also,
-        topics=[opened(each) for each in also_topic],
-    )
+    return [TopicOfUsers(source=KafkaLog(kafka=kafka_settings(), topic=name, epoch=epoch)) for name in names]
 
 
 def _show(outcome: Outcome, dry_run: bool) -> None:

@@ -83,11 +83,11 @@ def serve(
     from jobs.serving.batches import BatchRules
     from jobs.serving.server import Sampling, ServePlan, run_server
     from jobs.serving.shadow import ShadowPlan
-    from jobs.user_hash import user_hash_key
+    from models.user_hash import chosen_key_file, user_hash_key
 
     sampling = None
     if read_log is not None:
-        sampling = Sampling(path=read_log, share=read_log_share, key=user_hash_key())
+        sampling = Sampling(path=read_log, share=read_log_share, key=user_hash_key(chosen_key_file()))
 
     run_server(
         ServePlan(

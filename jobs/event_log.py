@@ -8,12 +8,12 @@ with neither user nor value.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -21,7 +21,8 @@ from pyspark.sql import functions as F
 from feature_repo.forgotten import FORGOTTEN, ForgottenRef, read_forgotten
 from jobs.spark import read_delta
 from models.errors import InputError
-from models.forgotten import Forgotten, chosen_key_file
+from models.forgotten import Forgotten, Request
+from models.user_hash import chosen_key_file
 
 LOG_SCHEMA = (
     "epoch int, partition int, offset long, event_id string, user_id string, item_id string, action string, "
@@ -81,17 +82,57 @@ def forgotten_of(log: Path) -> Forgotten:
     return read_forgotten(ForgottenRef(path=log / FORGOTTEN, key_file=chosen_key_file()))
 
 
-def without_forgotten(batches: Iterator[pa.RecordBatch], forgotten: Forgotten, epoch: int) -> Iterator[pa.RecordBatch]:
-    """Records without those of forgotten users, should a copy have brought some back, and without blank places."""
+def forgotten_here(records: DataFrame, forgotten: Forgotten) -> dict[str, tuple[Request, ...]]:
+    """The forgotten users of whom there are records: as whom a request left them, or as a copy brought them back."""
+    if not forgotten:
+        return {}
+    users = records.where("user_id IS NOT NULL").select("user_id").distinct()
+    found = users.mapInArrow(partial(_only_forgotten, forgotten), "user_id string").collect()
+    return {row[0]: forgotten.of(row[0]) for row in found}
+
+
+def _only_forgotten(forgotten: Forgotten, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     for batch in batches:
-        users = batch["user_id"]
-        kept = pc.is_valid(users)
-        if forgotten:
-            place = batch["partition"].to_numpy(), batch["offset"].to_numpy()
-            kept = pc.and_(kept, pa.array(~forgotten.covered_N(users.to_pylist(), epoch, *place)))
-        standing = batch.filter(kept) if forgotten or users.null_count else batch
-        if standing.num_rows:
-            yield standing
+        known = [bool(forgotten.of(user_id)) for user_id in batch["user_id"].to_pylist()]
+        yield batch.filter(pa.array(known, pa.bool_()))
+
+
+def without_forgotten(records: DataFrame, gone: Mapping[str, Sequence[Request]]) -> DataFrame:
+    """Records without those that are forgotten, and without blank places. A request's own tombstone goes as well."""
+    named = records.where("user_id IS NOT NULL")
+    return not_covered(named, gone) if gone else named
+
+
+def not_covered(places: DataFrame, gone: Mapping[str, Sequence[Request]], until: str = "true") -> DataFrame:
+    """Rows of users and positions (as `place`) that no request covers; until: a further condition on both."""
+    rows = [(user_id, *request) for user_id, requests in gone.items() for request in requests]
+    columns = "user_id string, epoch int, partition int, offset long, requested_ms long"
+    requests = F.broadcast(places.sparkSession.createDataFrame(rows, columns)).alias("request")
+    covered = F.expr(
+        "place.user_id = request.user_id AND (place.epoch < request.epoch OR (place.epoch = request.epoch AND "
+        f"place.partition = request.partition AND place.offset <= request.offset)) AND {until}"
+    )
+    return places.alias("place").join(requests, covered, "left_anti")
+
+
+def tombstones(spark: SparkSession, gone: Mapping[str, Sequence[Request]], epoch: int) -> DataFrame:
+    """Where each of these users was forgotten last within the epoch, as a record: what a new row begins from."""
+    newest = {
+        user_id: max(here, key=lambda request: request.offset)
+        for user_id, requests in gone.items()
+        if (here := [request for request in requests if request.epoch == epoch])
+    }
+    rows = [
+        {
+            "epoch": epoch,
+            "partition": at.partition,
+            "offset": at.offset,
+            "user_id": user_id,
+            "log_time_ms": at.requested_ms,
+        }
+        for user_id, at in newest.items()
+    ]
+    return spark.createDataFrame(rows, LOG_SCHEMA)
 
 
 def read_events(spark: SparkSession, log: Path, version: int | None = None) -> DataFrame:

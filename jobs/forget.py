@@ -25,12 +25,13 @@ from feature_repo.sqlite_store import SqliteRows
 from feature_repo.store import RowStore
 from feature_repo.store_scan import redis_keys_of, rows_of
 from jobs.forget_rows import behind, drop_empty_rows, empty_rows, partitions_of_rows
-from jobs.forget_scan import Found, scan_file, scan_folder
+from jobs.forget_scan import Found, scan_file, scan_folder, scan_read_log
 from jobs.forget_tables import (
     OTHER_TABLES,
     Target,
     append_tombstone,
     blank_tombstones,
+    nobodys_reads,
     partitions_of,
     present,
     purge,
@@ -38,8 +39,11 @@ from jobs.forget_tables import (
 from models.errors import InputError
 from models.event import ID_BYTES_MAX
 from models.forgotten import Request
+from models.user_hash import hashed_user, user_hash_key
 
 AGAIN = "run vql forget for this user again"
+OF_ANYBODY = "whose users another key hashed"
+OLD_READS = "let vql audit --keep-days delete them"
 
 
 class HeldRecords(Protocol):
@@ -73,15 +77,17 @@ class UsersTopic(Protocol):
 class Places:
     """Where users are: the log's folder, the online store, the topic (None: the log was made from files).
 
-    state: the folder of the embedded store and of Feast's registry. key_file: of the keyed hash. folders: others that
-    hold examples and the like, and topics: others, with dead letters, which are looked through.
+    state: the folder of the embedded store and of Feast's registry. key_file: of the keyed hash. read_log: what rankers
+    log their reads to. folders: others that hold examples and the like, and topics: others, with dead letters, which
+    are looked through.
     """
 
     log: Path
     state: Path
     rows: RowStore
-    key_file: Path
+    key_file: Path | None
     topic: UsersTopic | None = None
+    read_log: Path | None = None
     folders: Sequence[Path] = ()
     topics: Sequence[UsersTopic] = ()
 
@@ -112,10 +118,10 @@ def forget(places: Places, user_id: str, retain_s: float, again: bool = False, n
         write_requests(places.ref, user_id, fresh, now_ms)
     requests = [*known, *fresh]
     outcome = Outcome(requests=requests)
-    target = Target(user_id=user_id, requests=requests, key_file=places.key_file)
+    target = Target(user_id=user_id, requests=requests, key=user_hash_key(places.key_file))
     outcome.counts["rows emptied"] = sum(empty_rows(places.rows, user_id, request) for request in requests)
-    for table in present(places.log):
-        outcome.counts[table.name] = table.erase(places.log / table.name, target)
+    for path, table in present(places.log, places.read_log):
+        outcome.counts[table.name] = table.erase(path, target)
     _finish(places, target, outcome, retain_s, now_ms)
     write_done(places.ref, user_id, requests[-1], outcome.counts, now_ms)
     return outcome
@@ -128,9 +134,9 @@ def plan(places: Places, user_id: str) -> Outcome:
     outcome = Outcome(requests=known)
     held = rows_of(places.rows, user_id)
     outcome.counts["rows"] = behind(places.rows, user_id, known) if known else len(held)
-    for table in present(places.log):
-        found = list(scan_folder(places.log / table.name, user_id, AGAIN))
-        outcome.counts[f"files of {table.name}"] = len(found)
+    for path, table in present(places.log, None):
+        outcome.counts[f"files of {table.name}"] = len(list(scan_folder(path, user_id, AGAIN)))
+    outcome.counts["files of logged reads"] = len(list(_in_read_log(places, user_id)))
     return outcome
 
 
@@ -150,10 +156,20 @@ def verify(places: Places, user_id: str) -> Iterator[Found]:
                 yield Found(where=str(path), what=what, remedy=AGAIN)
     yield from scan_folder(places.state, user_id, AGAIN, known)
     yield from scan_folder(places.log, user_id, f"{AGAIN}, when what readers may need is no longer retained")
+    yield from _in_read_log(places, user_id)
     for folder in places.folders:
         yield from scan_folder(folder, user_id, "delete this folder: a training makes its examples anew from the log")
     for topic in ([] if places.topic is None else [places.topic]) + list(places.topics):
         yield from _topic_holds(topic, user_id)
+
+
+def _in_read_log(places: Places, user_id: str) -> Iterator[Found]:
+    key, read_log = user_hash_key(places.key_file), places.read_log
+    if read_log is None:
+        return
+    yield from scan_read_log(read_log, hashed_user(user_id, key), AGAIN)
+    if others := nobodys_reads(read_log, key):
+        yield Found(where=str(read_log), what=f"{others:,} reads {OF_ANYBODY}", remedy=OLD_READS)
 
 
 def _check(places: Places, user_id: str) -> None:
@@ -162,6 +178,8 @@ def _check(places: Places, user_id: str) -> None:
         raise InputError(f"a user id has 1 to {ID_BYTES_MAX} bytes, not {size_bytes}")
     if not places.log.is_dir():
         raise InputError(f"there is no log at {places.log}; --log names the folder given to vql stream")
+    if places.read_log is not None and not DeltaTable.is_deltatable(str(places.read_log)):
+        raise InputError(f"there is no read log at {places.read_log}; --read-log names what vql serve writes")
 
 
 def _request(places: Places, user_id: str, now_ms: int) -> list[Request]:
@@ -208,10 +226,11 @@ def _finish(places: Places, target: Target, outcome: Outcome, retain_s: float, n
             f"old files of the tables, the tombstone's id and empty rows stay for running readers until {when}: "
             f"{AGAIN} then"
         )
-    names = [table.name for table in present(places.log)] + [
-        name for name in OTHER_TABLES if DeltaTable.is_deltatable(str(places.log / name))
-    ]
-    outcome.counts["old files removed"] = sum(purge(places.log / name, retain_s) for name in names)
+    if places.read_log is not None and (others := nobodys_reads(places.read_log, target.key)):
+        outcome.remains.append(f"{others:,} logged reads {OF_ANYBODY}: {OLD_READS}")
+    paths = [path for path, _ in present(places.log, places.read_log)]
+    paths += [places.log / name for name in OTHER_TABLES if DeltaTable.is_deltatable(str(places.log / name))]
+    outcome.counts["old files removed"] = sum(purge(path, retain_s) for path in paths)
 
 
 def _topic_holds(topic: UsersTopic, user_id: str) -> Iterator[Found]:

@@ -37,6 +37,26 @@ class Found:
     remedy: str
 
 
+def scan_read_log(folder: Path, user_hash: bytes, remedy: str) -> Iterator[Found]:
+    """What the files of a read log hold of a user, whom it knows by a hash, as the predicate of a deletion does."""
+    spelled = user_hash.hex().encode()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".parquet" and "_delta_log" not in path.parts:
+            held = _has_reads(path, user_hash)
+        else:
+            held = path.is_file() and _search(path, [spelled])
+        if held:
+            yield Found(where=str(path), what="reads of the user, or the hash", remedy=remedy)
+
+
+def _has_reads(path: Path, user_hash: bytes) -> bool:
+    with pq.ParquetFile(path) as file:
+        return any(
+            pc.any(pc.equal(batch["user_hash"], user_hash)).as_py()
+            for batch in file.iter_batches(columns=["user_hash"])
+        )
+
+
 def scan_folder(folder: Path, user_id: str, remedy: str, checkpoint_ids: Sequence[str] = ()) -> Iterator[Found]:
     """What the files of a folder hold of a user; checkpoint_ids: those of the stores that may lie there.
 

@@ -20,7 +20,8 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
 
 from models.errors import InputError, StoreError
-from models.forgotten import ERASED, Request, hash_user, mentions, stands_in
+from models.forgotten import ERASED, Request, mentions, stands_in
+from models.user_hash import hashed_user, key_id
 
 TRIES = 20
 PLACES_PER_UPDATE = 500
@@ -31,16 +32,16 @@ Change = Callable[[DeltaTable], int]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """Who is to be erased, up to where; key_file: of the keyed hash."""
+    """Who is to be erased, up to where; key: of the keyed hash."""
 
     user_id: str
     requests: Sequence[Request]
-    key_file: Path
+    key: bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UserTable:
-    """A table of the log's folder that holds users. erase: makes the user go, and says how many rows that were."""
+    """A table that holds users. erase: makes the user go, and says how many rows that were."""
 
     name: str
     erase: Callable[[Path, Target], int]
@@ -94,24 +95,34 @@ def _blank_source_rows(path: Path, user_id: str) -> int:
     )
 
 
-def erase_hashed(column: str, name: Callable[[Target], str]) -> Callable[[Path, Target], int]:
-    """For a table that knows users by a hash: delete the rows whose column has what `name` gives."""
-    return lambda path, target: _delete(path, f"{column} = {_quoted(name(target))}")
+def erase_reads(path: Path, target: Target) -> int:
+    """Delete what rankers logged of the user, later reads as well: a read log is a sample."""
+    return _delete(path, f"user_hash = X'{hashed_user(target.user_id, target.key).hex()}'")
+
+
+def nobodys_reads(read_log: Path, key: bytes) -> int:
+    """Logged reads whose users another key hashed, and nobody can tell."""
+    return sum(
+        pc.sum(pc.not_equal(batch["key_id"], key_id(key))).as_py() or 0 for batch in _batches(read_log, ["key_id"])
+    )
 
 
 USER_TABLES = (
     UserTable(name="events", erase=erase_events),
     UserTable(name="quarantine", erase=erase_letters),
     UserTable(name="dead_letters", erase=erase_letters),
-    UserTable(name="reads", erase=erase_hashed("user_hash", lambda t: hash_user(t.key_file, t.user_id))),
 )
+READ_LOG = UserTable(name="logged reads", erase=erase_reads)
 # These hold positions and counts, and no users; they are purged for what their commits may quote.
 OTHER_TABLES = ("dead_letters_replayed",)
 
 
-def present(log: Path) -> list[UserTable]:
-    """The tables with users that this log has."""
-    return [table for table in USER_TABLES if DeltaTable.is_deltatable(str(log / table.name))]
+def present(log: Path, read_log: Path | None) -> list[tuple[Path, UserTable]]:
+    """The tables with users that there are, and where."""
+    named = [(log / table.name, table) for table in USER_TABLES]
+    if read_log is not None:
+        named.append((read_log, READ_LOG))
+    return [(path, table) for path, table in named if DeltaTable.is_deltatable(str(path))]
 
 
 def partitions_of(events: Path, user_id: str, epoch: int) -> list[int]:

@@ -32,9 +32,9 @@ from deltalake.exceptions import TableNotFoundError
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, Metric
 
-from jobs.user_hash import hashed_user, key_id
 from models.errors import WireError
 from models.row import RowBytes
+from models.user_hash import hashed_user, key_id
 from models.wire import RECENT_MAGIC, read_header
 
 BUCKET_MS = 60_000

@@ -3,15 +3,12 @@
 One rule: what a user did at or below the position of the tombstone never counts again, whatever copy of it turns up;
 what comes after it is a new beginning. A file has no positions, so of a file the time of the request decides.
 
-HMAC-SHA256 under a key that only a file holds, so that the list says nothing to who has a list of users and no key.
 Knows nothing of tables. Shapes: N records.
 """
 
 from __future__ import annotations
 
-import hmac
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,16 +20,12 @@ import msgspec
 import numpy as np
 from jaxtyping import Bool
 
-from models.errors import InputError
+from models.user_hash import hashed_user, user_hash_key
 
-KEY_VARIABLE = "VQL_FORGET_KEY_FILE"
-KEY_BYTES_MIN = 32
 # What stands in a letter in place of its bytes and of what was said of them.
 ERASED = "erased: its user was forgotten"
 # The reason of a record that an ingest left out.
 FORGOTTEN_USER = "forgotten"
-# No id is empty, so its hash is nobody's and tells one key from another.
-NOBODY = ""
 
 
 class Request(NamedTuple):
@@ -53,14 +46,14 @@ class Forgotten:
     """Everybody's requests by the user's hash. Picklable: the key is named by its file, and read where it is used."""
 
     key_file: Path | None = None
-    requests: Mapping[str, tuple[Request, ...]] = field(default_factory=dict)
+    requests: Mapping[bytes, tuple[Request, ...]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.requests)
 
-    def hash(self, user_id: str) -> str:
-        """Raises InputError where no key is named, or the file cannot be one."""
-        return hash_user(self.key_file, user_id)
+    def hash(self, user_id: str) -> bytes:
+        """Raises InputError as `user_hash_key`."""
+        return hashed_user(user_id, user_hash_key(self.key_file))
 
     def of(self, user_id: str) -> tuple[Request, ...]:
         """The requests of this user, the newest last."""
@@ -96,33 +89,6 @@ class Forgotten:
 
 
 NOBODY_FORGOTTEN = Forgotten()
-
-
-def chosen_key_file() -> Path | None:
-    """The file that the environment names."""
-    named = os.environ.get(KEY_VARIABLE)
-    return Path(named).absolute() if named else None
-
-
-def hash_user(key_file: Path | None, user_id: str) -> str:
-    """Raises InputError as `Forgotten.hash`."""
-    return hmac.digest(_key(key_file), user_id.encode(errors="surrogatepass"), "sha256").hex()
-
-
-@lru_cache(maxsize=4)
-def _key(path: Path | None) -> bytes:
-    if path is None:
-        raise InputError(
-            f"{KEY_VARIABLE} is not set: users were or are to be forgotten, and are known by a keyed hash alone; name "
-            f"the file with the key (at least {KEY_BYTES_MIN} random bytes)"
-        )
-    try:
-        key = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{KEY_VARIABLE}: {path} cannot be read: {error.strerror}") from error
-    if len(key) < KEY_BYTES_MIN:
-        raise InputError(f"{KEY_VARIABLE}: {path} holds {len(key)} bytes; a key has at least {KEY_BYTES_MIN}")
-    return key
 
 
 def users_of(key: bytes | None, value: bytes | None) -> list[str]:

@@ -24,7 +24,7 @@ from feature_repo.store import bind_topic
 from models.checkpoint import open_checkpoint
 from models.errors import InputError, StoreError
 from models.event import FUTURE_MS_MAX
-from models.forgotten import chosen_key_file
+from models.user_hash import chosen_key_file
 from pipelines.dead_letter_topic import DeadLetterTopic
 from pipelines.delta_source import DeltaSource, open_log
 from pipelines.drain import drained_by_signals

@@ -20,6 +20,7 @@ from jobs.scoring import Asked, load_scorer
 from models.checkpoint import Checkpoint
 from models.event import Event
 from models.row import Row, RowBytes, advance, decode_row, new_row
+from models.user_hash import key_id
 from models.wire import Stamp
 from tests.pipelines.small_log import partition_of, recent_of, set_properties
 from tests.small import HOUR_MS, START_MS
@@ -38,6 +39,13 @@ SCHEMA = pa.schema(
         ("value", pa.binary()),
     ]
 )
+
+
+def key_file(folder: Path, key: bytes = KEY) -> Path:
+    """A file with the key that the ranker hashes users with, or with another one."""
+    path = folder / f"key-{key_id(key)}"
+    path.write_bytes(key)
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,16 +23,16 @@ from jobs.audit_verdicts import AHEAD, EXTRA, MISSING, SCORES, Tolerance
 from jobs.audited_log import AuditedLog
 from jobs.repair import Repaired, repair
 from jobs.row_difference import AGREES, DAMAGED, ENTRIES, LATER_ITEMS, RECENT, STAMP
-from jobs.user_hash import hashed_user
 from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.item_table import append_segments
 from models.row import Row, advance, encode_row, new_row
+from models.user_hash import hashed_user
 from models.wire import decode_counts, encode_folded
 from pipelines.encode import EncodedBatch
 from pipelines.row_cache import RowCache
 from pipelines.update import update_rows
-from tests.jobs.audited import KEY, AuditedShop, audited_shop
+from tests.jobs.audited import KEY, AuditedShop, audited_shop, key_file
 from tests.jobs.tiny import purchases
 from tests.pipelines.small_log import recent_of
 from tests.redis_server import running_redis
@@ -90,7 +90,10 @@ def any_store(request: pytest.FixtureRequest, store: StoreHandle, tmp_path: Path
 
 def planned(path: Path | None = None, *, store_users: int = 0, repair: bool = False) -> AuditPlan:
     now_ms = int(time.time() * 1000) + 1000
-    reads = path and LoggedReads(path=path, key=KEY, since_ms=now_ms - HOUR_MS, until_ms=now_ms)
+    reads = None
+    if path is not None:
+        key = key_file(path.parent)
+        reads = LoggedReads(path=path, key_file=key, since_ms=now_ms - HOUR_MS, until_ms=now_ms)
     tolerance = Tolerance(grace_ms=HOUR_MS)
     return AuditPlan(reads=reads, store_users=store_users, now_ms=now_ms, tolerance=tolerance, repair=repair)
 
@@ -290,6 +293,6 @@ def test_nothing_to_audit_is_an_error(spark, shop: AuditedShop, store: StoreHand
     with pytest.raises(InputError, match="holds no read of checkpoint"):
         audit(spark, shop.checkpoint, shop.log, store, dataclasses.replace(plan, reads=old))
     # Under another key none of its users would be found, and all would seem to be nobody's.
-    other = dataclasses.replace(plan.reads, key=KEY[::-1])
+    other = dataclasses.replace(plan.reads, key_file=key_file(tmp_path, KEY[::-1]))
     with pytest.raises(InputError, match="and of this key"):
         audit(spark, shop.checkpoint, shop.log, store, dataclasses.replace(plan, reads=other))

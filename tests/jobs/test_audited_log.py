@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.audited_log import SETTLED_MS, _folder, _hasher, known_since_ms
-from jobs.user_hash import hashed_user
 from models.checkpoint import Checkpoint
 from models.item_table import append_segments
 from models.row import RowBytes, decode_row
+from models.user_hash import hashed_user
 from tests.jobs.test_backfill import FOLDED
 from tests.small import START_MS
 from tests.small_examples import ITEMS
@@ -79,8 +79,9 @@ def test_no_event_gives_no_row(checkpoint: Checkpoint) -> None:
     assert folded(checkpoint, []) == {}
 
 
-def test_users_are_hashed_as_the_read_log_does() -> None:
+def test_users_are_hashed_as_the_read_log_does(tmp_path: Path) -> None:
     key = b"a key of the tests, of 32 bytes."
-    (batch,) = _hasher(key)(iter([pa.record_batch({"user_id": pa.array(["u1", "ü"])})]))
+    (tmp_path / "key").write_bytes(key)
+    (batch,) = _hasher(tmp_path / "key")(iter([pa.record_batch({"user_id": pa.array(["u1", "ü"])})]))
     assert batch["user_hash"].to_pylist() == [hashed_user("u1", key), hashed_user("ü", key)]
     assert batch["user_id"].to_pylist() == ["u1", "ü"]

@@ -13,8 +13,8 @@ from feature_repo.handle import StoreHandle
 from feature_repo.store import RowPut
 from jobs.backfill import backfill
 from jobs.row_difference import AGREES, DAMAGED
-from jobs.user_hash import KEY, KEY_FILE
 from models.row import RowBytes
+from models.user_hash import KEY_FILE
 from models.wire import RECENT_MAGIC, read_header
 from tests.jobs.commands import assert_one_line
 from tests.jobs.serving.processes import serving
@@ -75,10 +75,9 @@ def test_what_a_server_reads_is_audited_and_repaired(
     assert again.code == 0, again.out
     assert_one_line(vql(*common), 2, "nothing to audit")
     monkeypatch.delenv(KEY_FILE)
-    monkeypatch.delenv(KEY, raising=False)
-    assert_one_line(vql(*common, *both), 2, "there is no key to hash user ids with")
+    assert_one_line(vql(*common, *both), 2, "VQL_USER_HASH_KEY_FILE is not set")
     served = vql("serve", "--checkpoint", checkpoint.path, "--state", state, "--read-log", tmp_path / "reads")
-    assert_one_line(served, 2, "there is no key to hash user ids with")
+    assert_one_line(served, 2, "VQL_USER_HASH_KEY_FILE is not set")
 
 
 def put(store: StoreHandle, checkpoint_id: str, user_id: str, row: RowBytes) -> None:

@@ -19,8 +19,9 @@ from jobs.forget import Places, forget, plan, verify
 from jobs.parity import raw_users
 from models.errors import InputError
 from models.event import Event
-from models.forgotten import ERASED, KEY_VARIABLE
+from models.forgotten import ERASED
 from models.row import RowBytes, decode_row
+from models.user_hash import KEY_FILE
 from pipelines.dead_letters import read_dead_letters
 from pipelines.stream import StreamPlan, run
 from tests.jobs.commands import assert_one_line
@@ -50,7 +51,7 @@ WEEK_S = 168 * 3600.0
 def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "forget.key"
     path.write_bytes(bytes(range(48)))
-    monkeypatch.setenv(KEY_VARIABLE, str(path))
+    monkeypatch.setenv(KEY_FILE, str(path))
     return path
 
 
@@ -280,16 +281,16 @@ def test_without_a_key_or_the_right_log_it_is_refused_on_one_line(
     assert_one_line(vql(*asked, scene.log / "none"), 2, "there is no log at")
     monkeypatch.setenv("VQL_KAFKA_BOOTSTRAP_SERVERS", "127.0.0.1:1")
     assert_one_line(vql(*asked, scene.log, "--topic", "t"), 2, "was made from files: give no --topic")
-    monkeypatch.delenv(KEY_VARIABLE)
-    assert_one_line(vql(*asked, scene.log), 2, KEY_VARIABLE)
+    monkeypatch.delenv(KEY_FILE)
+    assert_one_line(vql(*asked, scene.log), 2, KEY_FILE)
 
 
 def test_whoever_writes_or_reads_a_log_of_forgotten_users_needs_the_key(
     scene: Scene, key_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forget(places(scene, key_file), WHO, retain_s=0)
-    monkeypatch.delenv(KEY_VARIABLE)
-    with pytest.raises(InputError, match=KEY_VARIABLE):
+    monkeypatch.delenv(KEY_FILE)
+    with pytest.raises(InputError, match=KEY_FILE):
         stream(scene)
 
 

@@ -22,8 +22,9 @@ from jobs.parity import raw_users
 from models.checkpoint import Checkpoint
 from models.errors import EventError
 from models.event import Event, parse
-from models.forgotten import FORGOTTEN_USER, KEY_VARIABLE
+from models.forgotten import FORGOTTEN_USER
 from models.row import decode_row
+from models.user_hash import KEY_FILE
 from pipelines.dead_letters import read_dead_letters
 from pipelines.kafka_settings import kafka_settings
 from pipelines.kafka_topic import KafkaLog
@@ -53,7 +54,7 @@ pytestmark = pytest.mark.slow
 def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "forget.key"
     path.write_bytes(bytes(range(48)))
-    monkeypatch.setenv(KEY_VARIABLE, str(path))
+    monkeypatch.setenv(KEY_FILE, str(path))
     return path
 
 

@@ -17,6 +17,8 @@ from pipelines.delta_source import open_log
 from tests.jobs.forgettable import NEARLY, WHO, make_log, some_events
 from tests.pipelines.small_log import set_properties
 
+KEY = bytes(range(32))
+
 
 @pytest.fixture
 def events(tmp_path: Path) -> Path:
@@ -26,7 +28,7 @@ def events(tmp_path: Path) -> Path:
 def target(events: Path, tmp_path: Path, user_id: str = WHO) -> Target:
     (partition,) = partitions_of(events, user_id, 1)
     offset = append_tombstone(events, user_id, 1, partition)
-    return Target(user_id=user_id, requests=[Request(1, partition, offset, 0)], key_file=tmp_path)
+    return Target(user_id=user_id, requests=[Request(1, partition, offset, 0)], key=KEY)
 
 
 def left(events: Path) -> set[str]:
@@ -73,7 +75,7 @@ def test_the_ends_of_the_log_stay_and_so_does_its_identity(events: Path, tmp_pat
 
 def test_an_id_with_quotes_is_an_id(events: Path, tmp_path: Path) -> None:
     name = "o'brien\\ OR ''=''; --"
-    places = Target(user_id=name, requests=[Request(1, 0, 10**6, 0)], key_file=tmp_path)
+    places = Target(user_id=name, requests=[Request(1, 0, 10**6, 0)], key=KEY)
     before = DeltaTable(events).to_pyarrow_table().num_rows
     assert erase_events(events, places) == 0
     append_tombstone(events, name, 1, 0)
@@ -99,7 +101,7 @@ def test_old_epochs_go_and_nobody_elses_partition_is_looked_at(events: Path, tmp
     set_properties(DeltaTable(events), {"vql.epoch": "2"})
     assert partitions_of(events, WHO, 2) == []
     mine = sum(event.user_id == WHO for event in some_events())
-    who = Target(user_id=WHO, requests=[Request(2, 0, 0, 0)], key_file=tmp_path)
+    who = Target(user_id=WHO, requests=[Request(2, 0, 0, 0)], key=KEY)
     assert erase_events(events, who) == mine
     names = DeltaTable(events).to_pyarrow_table(columns=["user_id"])["user_id"].to_pylist()
     assert names.count(NEARLY) == sum(event.user_id == NEARLY for event in some_events())

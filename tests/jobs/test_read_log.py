@@ -17,9 +17,9 @@ from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from jobs.read_log import BUCKET_MS, DROPPED, WRITTEN, ReadLog, SampledRead, forget_before
 from jobs.scoring import Asked, Scorer, load_scorer
-from jobs.user_hash import hashed_user
 from models.checkpoint import Checkpoint
 from models.row import RowBytes
+from models.user_hash import hashed_user
 from models.wire import RECENT_MAGIC, read_header
 from tests.jobs.serving.shop import CANDIDATES, NOW_MS, put_rows, user_ids
 from tests.small_ranker import scoring_checkpoint
