@@ -106,8 +106,7 @@ class _Job:
 def _logged(job: _Job, audited: AuditedLog, part: LoggedReads) -> DataFrame:
     """The logged reads with their users' ids, which only the log of events has."""
     reads = logged_reads(job.spark, part, job.checkpoint.checkpoint_id)
-    named = reads.join(audited.hashed_users(part.key_file), "user_hash", "left").select(COLUMNS)
-    return audited.after_requests(named)
+    return reads.join(audited.hashed_users(part.key_file), "user_hash", "left").select(COLUMNS)
 
 
 def _sampled_users(job: _Job) -> DataFrame:

@@ -68,10 +68,10 @@ class Tolerance:
 
 
 def judged(reads: DataFrame, log: AuditedLog, checkpoint: Checkpoint, tolerance: Tolerance) -> DataFrame:
-    """A verdict (VERDICT) for each read (`audit_reads.READ`)."""
+    """A verdict (VERDICT) for each read (`audit_reads.READ`) whose events were not erased since."""
     ahead = F.col("offset") > F.coalesce(_ends(log)[F.col("partition")], F.lit(-1))
     there = F.col("recent").isNotNull()
-    sorted_out = reads.withColumn(
+    sorted_out = log.after_requests(reads).withColumn(
         "verdict",
         F.when(~there & (F.col("history") != "absent"), LATE)
         .when(~there, F.when(F.col("user_id").isNull(), AGREES).otherwise(MISSING))

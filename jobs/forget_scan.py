@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from models.errors import InputError
-from models.forgotten import mentions, spellings, stands_in
+from models.forgotten import mentions, spellings, stands_in, word
 
 SHORT_BYTES = 8
 # Of long texts Delta's statistics have the beginning alone.
@@ -85,7 +85,7 @@ def scan_file(path: Path, user_id: str, checkpoint_ids: Sequence[str] = ()) -> s
         return _sqlite(path, user_id, checkpoint_ids)
     if len(user_id.encode()) < SHORT_BYTES:
         return None
-    return "the id" if _search(path, [_word(spelled) for spelled in spellings(user_id)]) else None
+    return "the id" if _search(path, [word(spelled) for spelled in spellings(user_id)]) else None
 
 
 def _parquet(path: Path, user_id: str) -> str | None:
@@ -162,12 +162,8 @@ def _sqlite(path: Path, user_id: str, checkpoint_ids: Sequence[str]) -> str | No
     begins = [rb"(?<![\w-])" + re.escape(spelled) for spelled in spellings(user_id)]
     patterns = [begin + b"(?=" + end + b")" for begin in begins for end in ends]
     if len(user_id.encode()) >= SHORT_BYTES:
-        patterns += [_word(spelled) for spelled in spellings(user_id)]
+        patterns += [word(spelled) for spelled in spellings(user_id)]
     return "the id in a page, of a row or of one that was erased" if _search(path, patterns) else None
-
-
-def _word(spelled: bytes) -> bytes:
-    return rb"(?<![\w-])" + re.escape(spelled) + rb"(?![\w-])"
 
 
 def _search(path: Path, patterns: Sequence[bytes]) -> bool:

@@ -26,7 +26,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from jobs.event_log import forgotten_of
 from models.errors import InputError
 from models.event import FUTURE_MS_MAX, UNKNOWN_TIME, Records, parse_batch
-from models.forgotten import ERASED, FORGOTTEN_USER, Forgotten, users_of
+from models.forgotten import ERASED, FORGOTTEN_USER, Forgotten
 
 _RECORD = [("partition", pa.int32()), ("offset", pa.int64()), ("log_time_ms", pa.int64()), ("value", pa.binary())]
 _EVENT = [
@@ -217,15 +217,10 @@ def _check(
             taken = batch.take(pa.array([reject.offset for reject in rejects]))
             reasons, details = [reject.reason for reject in rejects], [reject.detail for reject in rejects]
             bad = _checked(taken, key=taken["key"], reason=reasons, detail=details)
-            gone = pa.array([_is_forgotten(row, forgotten, epoch) for row in taken.to_pylist()], pa.bool_())
+            places = zip(*(taken[name].to_pylist() for name in ("key", "value", "partition", "offset")), strict=True)
+            gone = pa.array([forgotten.covers(key, value, (epoch, *at)) for key, value, *at in places], pa.bool_())
             yield _blanked(taken.filter(gone))
             yield bad.filter(pc.invert(gone))
-
-
-def _is_forgotten(record: dict, forgotten: Forgotten, epoch: int) -> bool:
-    place = epoch, record["partition"], record["offset"]
-    users = users_of(record["key"], record["value"]) if forgotten else []
-    return any(request.covers(*place) for user_id in users for request in forgotten.of(user_id))
 
 
 def _blanked(records: pa.RecordBatch) -> pa.RecordBatch:

@@ -64,6 +64,10 @@ class Forgotten:
         here = [r.offset for r in self.of(user_id) if (r.epoch, r.partition) == (epoch, partition)]
         return max(here, default=-1)
 
+    def covers(self, key: bytes | None, value: bytes | None, position: tuple[int, int, int]) -> bool:
+        """Whether a record, which may be no event, names a user who is forgotten at its position."""
+        return bool(self) and any(r.covers(*position) for user_id in users_of(key, value) for r in self.of(user_id))
+
     def covered_N(
         self, user_ids: Sequence[str | None], epoch: int, partition_N: np.ndarray, offset_N: np.ndarray
     ) -> Bool[np.ndarray, "N"]:
@@ -113,7 +117,7 @@ def stands_in(user_id: str, data: bytes) -> bool:
     >>> stands_in("u1", b'{"user": "u1"}'), stands_in("u1", b'{"user": "u12"}')
     (True, False)
     """
-    return any(_word(spelled).search(data) is not None for spelled in spellings(user_id))
+    return any(re.search(word(spelled), data) is not None for spelled in spellings(user_id))
 
 
 @lru_cache(maxsize=16)
@@ -123,9 +127,9 @@ def spellings(user_id: str) -> tuple[bytes, ...]:
     return tuple(dict.fromkeys(text.encode() for text in texts))
 
 
-@lru_cache(maxsize=64)
-def _word(spelled: bytes) -> re.Pattern[bytes]:
-    return re.compile(rb"(?<![\w-])" + re.escape(spelled) + rb"(?![\w-])")
+def word(spelled: bytes) -> bytes:
+    """The pattern of these bytes where they are not a part of a longer word."""
+    return rb"(?<![\w-])" + re.escape(spelled) + rb"(?![\w-])"
 
 
 class _Named(msgspec.Struct):

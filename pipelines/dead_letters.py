@@ -25,7 +25,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.table import TableMerger
 
 from models.errors import InputError, StoreError
-from models.forgotten import ERASED, Forgotten, users_of
+from models.forgotten import ERASED, Forgotten
 
 Position = tuple[int, int, int]
 SCHEMA = pa.schema(
@@ -72,17 +72,13 @@ class DeadLetter:
     def size_bytes(self) -> int:
         return len(self.value or b"") + len(self.key or b"")
 
+    def is_forgotten(self, forgotten: Forgotten) -> bool:
+        """Whether it is of a user who was forgotten later than its record came."""
+        return forgotten.covers(self.key, self.value, self.position)
+
     def erased(self) -> DeadLetter:
         """What is left of it when its user is forgotten."""
         return replace(self, detail=ERASED, key=None, value=None)
-
-
-def is_forgotten(letter: DeadLetter, forgotten: Forgotten) -> bool:
-    """Whether it is of a user who was forgotten later than the letter's record came."""
-    if not forgotten:
-        return False
-    requests = [r for user_id in users_of(letter.key, letter.value) for r in forgotten.of(user_id)]
-    return any(request.covers(*letter.position) for request in requests)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ from apache_beam.metrics import Metrics
 from feature_repo.forgotten import ForgottenRef
 from models.forgotten import NOBODY_FORGOTTEN
 from pipelines.dead_letter_topic import DeadLetterTopic, LetterSender
-from pipelines.dead_letters import DeadLetter, is_forgotten, words, write_dead_letters
+from pipelines.dead_letters import DeadLetter, words, write_dead_letters
 from pipelines.held_letters import held_letters
 from pipelines.worker import opened_forgotten
 
@@ -54,7 +54,7 @@ class LetterKeeper:
 
     def _keep(self, letters: list[DeadLetter], kept: Kept) -> None:
         known = NOBODY_FORGOTTEN if self._forgotten is None else self._forgotten.known
-        letters = [letter.erased() if is_forgotten(letter, known) else letter for letter in letters]
+        letters = [letter.erased() if letter.is_forgotten(known) else letter for letter in letters]
         refused = self._send(letters, kept)
         alone = self._topic is not None and self._topic.alone
         kept.dead_letters += write_dead_letters(self._table, refused if alone else letters)

@@ -28,7 +28,6 @@ from pipelines.dead_letters import (
     DeadLetter,
     Position,
     Selection,
-    is_forgotten,
     merge,
     read_dead_letters,
     read_rows,
@@ -134,7 +133,7 @@ def refusal(letter: DeadLetter, now_ms: int, future_ms_max: int = FUTURE_MS_MAX)
 def decide(letter: DeadLetter, topic: Topic, replay: Replay | None, rules: Rules) -> Decision:
     """Whether to replay a letter to the topic."""
     left_out = None
-    if letter.detail == ERASED or is_forgotten(letter, rules.forgotten):
+    if letter.detail == ERASED or letter.is_forgotten(rules.forgotten):
         left_out = ERASED
     elif letter.epoch != topic.epoch:
         left_out = (

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import redis
 from deltalake import DeltaTable, write_deltalake
 
 from feature_repo.store import Backfill, RowStore, whole_put
+from jobs.read_log import ReadLog, SampledRead
 from models.checkpoint import Checkpoint
 from models.event import Event
 from pipelines.dead_letters import DeadLetter, write_dead_letters
@@ -41,10 +43,11 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
-    """A log of files with letters, and a store with every user's row of two checkpoints."""
+    """A log of files with letters, a store with every user's row of two checkpoints, and what a ranker read of them."""
 
     log: Path
     state: Path
+    read_log: Path
     events: Sequence[Event]
     checkpoints: Sequence[Checkpoint]
 
@@ -144,7 +147,24 @@ def fold_at(
     update_rows(rows, checkpoint.fold(), batch, **more)
 
 
-def traces(folder: Path, needle: str = WHO) -> list[str]:
+def add_reads(path: Path, rows: RowStore, checkpoint: Checkpoint, users: Sequence[str], key: bytes) -> None:
+    """As a ranker logs them, which has read each user's row twice."""
+    log = ReadLog(path, 1.0, key, flush_s=3600.0)
+    for user_id, row in 2 * list(zip(users, rows.get_rows(checkpoint.checkpoint_id, users), strict=True)):
+        read = SampledRead(
+            checkpoint_id=checkpoint.checkpoint_id,
+            history="fresh",
+            row=row,
+            asked_ms=0,
+            item_C=np.array([1, 2]),
+            scores=[0.5, 0.25],
+        )
+        log.put(user_id, read)
+        assert log.flush()
+    log.close()
+
+
+def traces(folder: Path, needle: str | bytes = WHO) -> list[str]:
     """Files whose bytes, or whose Parquet columns, hold the needle and not the other one's longer name."""
     found = []
     for path in sorted(folder.rglob("*")):
@@ -177,5 +197,5 @@ def _leaves(value: Any) -> Iterator[bytes]:
         yield value.encode() if isinstance(value, str) else value
 
 
-def _bare(text: bytes, needle: str) -> bool:
-    return needle.encode() in text.replace(NEARLY.encode(), b"")
+def _bare(text: bytes, needle: str | bytes) -> bool:
+    return (needle.encode() if isinstance(needle, str) else needle) in text.replace(NEARLY.encode(), b"")

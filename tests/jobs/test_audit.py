@@ -16,23 +16,25 @@ from msgspec.structs import replace
 
 from feature_repo.handle import StoreHandle
 from feature_repo.redis_settings import RedisSettings
-from feature_repo.store import row_puts
+from feature_repo.store import row_puts, whole_put
 from jobs.audit import READS, STORE, AuditPlan, audit
 from jobs.audit_reads import LoggedReads
 from jobs.audit_verdicts import AHEAD, EXTRA, MISSING, SCORES, Tolerance
 from jobs.audited_log import AuditedLog
+from jobs.forget import Places, forget
 from jobs.repair import Repaired, repair
 from jobs.row_difference import AGREES, DAMAGED, ENTRIES, LATER_ITEMS, RECENT, STAMP
 from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.item_table import append_segments
 from models.row import Row, advance, encode_row, new_row
-from models.user_hash import hashed_user
+from models.user_hash import KEY_FILE, hashed_user
 from models.wire import decode_counts, encode_folded
 from pipelines.encode import EncodedBatch
 from pipelines.row_cache import RowCache
 from pipelines.update import update_rows
 from tests.jobs.audited import KEY, AuditedShop, audited_shop, key_file
+from tests.jobs.forgettable import fold_at, put_events
 from tests.jobs.tiny import purchases
 from tests.pipelines.small_log import recent_of
 from tests.redis_server import running_redis
@@ -44,7 +46,7 @@ pytestmark = pytest.mark.spark
 
 USERS, DAYS = 12, 8
 NAMES = [f"u{n}" for n in range(USERS)]
-WRONG = "u3"
+WRONG, GONE = "u3", "u2"
 # Of an item that was encoded after its event had been folded; and new in the log.
 LATER, FRESH, NEW_ITEM = "later", "fresh", "i77"
 
@@ -296,3 +298,50 @@ def test_nothing_to_audit_is_an_error(spark, shop: AuditedShop, store: StoreHand
     other = dataclasses.replace(plan.reads, key_file=key_file(tmp_path, KEY[::-1]))
     with pytest.raises(InputError, match="and of this key"):
         audit(spark, shop.checkpoint, shop.log, store, dataclasses.replace(plan, reads=other))
+
+
+def test_of_a_forgotten_user_only_the_empty_row_is_right_and_what_comes_back_is_found(
+    spark, shop: AuditedShop, store: StoreHandle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_FILE, str(key_file(tmp_path)))
+    rows = sorted(purchases(range(DAYS), users=4), key=lambda row: row["event_time_ms"])
+    mine = audited_shop(shop.checkpoint, tmp_path / "log", rows)
+    mine.fill(store, {name: mine.row(name) for name in mine.events})
+    old, users = mine.row(GONE), [*mine.events]
+    mine.read(store, users, tmp_path / "reads")
+    where = Places(log=mine.log, state=store.state, rows=store.open(), key_file=key_file(tmp_path))
+    # Asked for an hour ago, so that no ranker has a row in memory from before; nor has one logged anything since.
+    now_ms = int(time.time() * 1000)
+    (request,) = forget(where, GONE, 168 * 3600, now_ms=now_ms - HOUR_MS).requests
+    DeltaTable(tmp_path / "reads").delete()
+
+    def by_verdict(**more: bool) -> dict[str, dict[str, int]]:
+        plan = planned(tmp_path / "reads", store_users=len(users), **more)
+        sources = audit(spark, mine.checkpoint, mine.log, store, plan).sources
+        return {name: found.by_verdict for name, found in sources.items()}
+
+    # The empty row holds writers back, and rankers read it.
+    mine.read(store, users, tmp_path / "reads")
+    assert by_verdict() == {STORE: {AGREES: 4}, READS: {AGREES: 4}}
+    # The request ends: the log has neither the id nor a row of it, and some read no row.
+    assert forget(where, GONE, 0, now_ms=now_ms).remains == []
+    mine.read(store, [GONE], tmp_path / "reads")
+    assert by_verdict() == {STORE: {AGREES: 3}, READS: {AGREES: 5}}
+
+    # A copy of the store brings the row back, and one of the log an event.
+    assert where.rows.put_rows(mine.checkpoint.checkpoint_id, [whole_put(GONE, old)]) == [True]
+    mine.read(store, [GONE], tmp_path / "reads")
+    assert by_verdict() == {STORE: {AGREES: 3}, READS: {AGREES: 5, EXTRA: 1}}
+    event, partition, offset = mine.events[GONE][0]
+    put_events(mine.log, partition, {offset: event})
+    assert by_verdict(repair=True) == {STORE: {AGREES: 3, EXTRA: 1}, READS: {AGREES: 5, EXTRA: 1}}
+    repaired = mine.stored_row(store, GONE)
+    assert (repaired.count, repaired.stamp.offset, old.count > 0) == (0, request.offset, True)
+    assert by_verdict()[STORE] == {AGREES: 4}
+
+    # Who comes back has a row that begins at the request, whoever makes it.
+    back = replace(event, event_id="back", event_time_ms=event.event_time_ms + HOUR_MS)
+    put_events(mine.log, partition, {request.offset + 1: back})
+    fold_at(where.rows, mine.checkpoint, [back], [request.offset + 1])
+    mine.read(store, [GONE], tmp_path / "reads")
+    assert by_verdict() == {STORE: {AGREES: 4}, READS: {AGREES: 6, EXTRA: 1}}

@@ -21,7 +21,7 @@ from models.errors import InputError
 from models.event import Event
 from models.forgotten import ERASED
 from models.row import RowBytes, decode_row
-from models.user_hash import KEY_FILE
+from models.user_hash import KEY_FILE, hashed_user
 from pipelines.dead_letters import read_dead_letters
 from pipelines.stream import StreamPlan, run
 from tests.jobs.commands import assert_one_line
@@ -30,6 +30,7 @@ from tests.jobs.forgettable import (
     WHO,
     Scene,
     add_letters,
+    add_reads,
     append_events,
     fill,
     fold_at,
@@ -44,13 +45,15 @@ from tests.redis_server import running_redis
 from tests.small import START_MS, small_checkpoint
 
 ROOT = Path(__file__).parents[2]
+KEY = bytes(range(48))
+MINE = hashed_user(WHO, KEY)
 WEEK_S = 168 * 3600.0
 
 
 @pytest.fixture
 def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "forget.key"
-    path.write_bytes(bytes(range(48)))
+    path.write_bytes(KEY)
     monkeypatch.setenv(KEY_FILE, str(path))
     return path
 
@@ -65,15 +68,16 @@ def scene(tmp_path: Path, key_file: Path) -> Scene:
     rows = StoreHandle(state=state, redis=None).open()
     for checkpoint in checkpoints:
         fill(rows, checkpoint, events, log)
+        add_reads(tmp_path / "reads", rows, checkpoint, sorted({event.user_id for event in events}), KEY)
     rows.close()
     assert traces(log)
     assert traces(state)
-    return Scene(log=log, state=state, events=events, checkpoints=checkpoints)
+    return Scene(log=log, state=state, read_log=tmp_path / "reads", events=events, checkpoints=checkpoints)
 
 
 def places(scene: Scene, key_file: Path, rows: RowStore | None = None) -> Places:
     opened = StoreHandle(state=scene.state, redis=None).open() if rows is None else rows
-    return Places(log=scene.log, state=scene.state, rows=opened, key_file=key_file)
+    return Places(log=scene.log, state=scene.state, rows=opened, key_file=key_file, read_log=scene.read_log)
 
 
 def others_events(scene: Scene) -> list[dict]:
@@ -89,6 +93,16 @@ def others_rows(scene: Scene, rows: RowStore) -> dict[tuple[str, str], RowBytes 
         for each in scene.checkpoints
         for user_id, row in zip(users, rows.get_rows(each.checkpoint_id, users), strict=True)
     }
+
+
+def others_reads(scene: Scene) -> list[dict]:
+    rows = DeltaTable(scene.read_log).to_pyarrow_table().to_pylist()
+    return sorted((row for row in rows if row["user_hash"] != MINE), key=str)
+
+
+def traces_of_reads(scene: Scene) -> list[str]:
+    """By the hash, and as a deletion spells it; and of the id, which was never there."""
+    return [file for each in (MINE, MINE.hex(), WHO) for file in traces(scene.read_log, each)]
 
 
 def position(scene: Scene, key_file: Path) -> tuple[int, int]:
@@ -107,19 +121,28 @@ def later(offset: int) -> Event:
 
 def test_a_forgotten_user_is_found_nowhere_and_all_others_are_as_before(scene: Scene, key_file: Path) -> None:
     where = places(scene, key_file)
-    events, rows = others_events(scene), others_rows(scene, where.rows)
+    events, rows, reads = others_events(scene), others_rows(scene, where.rows), others_reads(scene)
+    assert len(traces_of_reads(scene)) == len(scene.checkpoints) * 2, "a file for each read"
     letters = [each for each in read_dead_letters(scene.log / "dead_letters") if each.detail == f"of {NEARLY}"]
     mine = sum(event.user_id == WHO for event in scene.events)
 
     outcome = forget(where, WHO, retain_s=0)
 
     assert outcome.remains == []
-    wanted = {"rows emptied": 2, "events": mine, "dead_letters": 3, "quarantine": 1, "rows dropped": 2}
+    wanted = {
+        "rows emptied": 2,
+        "events": mine,
+        "dead_letters": 3,
+        "quarantine": 1,
+        "rows dropped": 2,
+        "logged reads": 4,
+    }
     assert {name: outcome.counts[name] for name in wanted} == wanted
     assert (traces(scene.log), traces(scene.state)) == ([], [])
     assert list(verify(where, WHO)) == []
     assert others_events(scene) == events
     assert others_rows(scene, where.rows) == rows
+    assert (others_reads(scene), traces_of_reads(scene)) == (reads, [])
     found = read_dead_letters(scene.log / "dead_letters")
     assert [each for each in found if each.detail == f"of {NEARLY}"] == letters
     # Their places stay, so that as many records were refused as before.
@@ -235,7 +258,7 @@ def test_who_came_back_is_kept_until_asked_again(scene: Scene, key_file: Path) -
     assert (traces(scene.log), traces(scene.state)) == ([], [])
 
 
-@pytest.mark.parametrize("where_it_is", ["log", "dead letters", "training", "row", "sqlite page", "commit"])
+@pytest.mark.parametrize("where_it_is", ["log", "dead letters", "training", "row", "sqlite page", "commit", "read"])
 def test_a_planted_leftover_is_found(
     vql, scene: Scene, key_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where_it_is: str
 ) -> None:
@@ -244,6 +267,7 @@ def test_a_planted_leftover_is_found(
     forget(where, WHO, retain_s=0)
     (tmp_path / "work").mkdir()
     asked = ("forget", WHO, "--log", scene.log, "--state", scene.state, "--verify", "--also", tmp_path / "work")
+    asked += ("--read-log", scene.read_log)
     assert vql(*asked).out == "nothing is left\n"
     if where_it_is == "log":
         append_events(scene.log, [later(0)])
@@ -256,12 +280,23 @@ def test_a_planted_leftover_is_found(
     elif where_it_is == "sqlite page":
         with (scene.state / "stray.db").open("wb") as file:
             file.write(b"\0\5" + WHO.encode() + b"0123456789abcdef" * 2)
+    elif where_it_is == "read":
+        add_reads(scene.read_log, where.rows, scene.checkpoints[0], [WHO], KEY)
     else:
         (scene.log / "events" / "_delta_log" / "x.json").write_text(f'{{"stats": "{{\\"max\\":\\"{WHO}\\"}}"}}')
     said = vql(*asked)
     assert said.code == 7
     assert said.out.startswith("left: ")
     assert said.out.count("; ") >= 1, "and its remedy is said"
+
+
+def test_reads_that_another_key_hashed_are_told_because_they_may_be_the_users(scene: Scene, key_file: Path) -> None:
+    where = places(scene, key_file)
+    add_reads(scene.read_log, where.rows, scene.checkpoints[0], [WHO, NEARLY], KEY[::-1])
+    outcome = forget(where, WHO, retain_s=0)
+    assert outcome.counts["logged reads"] == 4
+    assert [said.startswith("4 logged reads whose users another key hashed") for said in outcome.remains] == [True]
+    assert [found.what for found in verify(where, WHO)] == ["4 reads whose users another key hashed"]
 
 
 def test_a_dry_run_changes_nothing(vql, scene: Scene, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,22 +357,23 @@ for home, name in (
     (forget, "write_requests"), (forget, "empty_rows"), (forget, "drop_empty_rows"), (forget, "write_done"),
 ):
     setattr(home, name, dying(getattr(home, name)))
-log, state, key = map(Path, sys.argv[2:5])
+log, state, reads, key = map(Path, sys.argv[2:6])
 rows = StoreHandle(state=state, redis=None).open()
-forget.forget(forget.Places(log=log, state=state, rows=rows, key_file=key), sys.argv[5], 0.0)
+places = forget.Places(log=log, state=state, rows=rows, key_file=key, read_log=reads)
+forget.forget(places, sys.argv[6], 0.0)
 """
 
 
 @pytest.mark.slow
 def test_killed_after_any_step_and_run_again_it_is_done(scene: Scene, key_file: Path) -> None:
     where = places(scene, key_file)
-    events, rows = others_events(scene), others_rows(scene, where.rows)
+    events, rows, reads = others_events(scene), others_rows(scene, where.rows), others_reads(scene)
     where.rows.close()
     ends, steps = [], 0
     # Each run goes on in what the one before it left, killed a step later or more.
     while ends[-1:] != [0]:
         steps += 1 + steps // 6
-        given = [str(steps), scene.log, scene.state, key_file, WHO]
+        given = [str(steps), scene.log, scene.state, scene.read_log, key_file, WHO]
         ends.append(subprocess.run([sys.executable, "-c", DYING, *map(str, given)], cwd=ROOT).returncode)
 
     assert ends[:-1] == [-signal.SIGKILL] * (len(ends) - 1)
@@ -346,4 +382,5 @@ def test_killed_after_any_step_and_run_again_it_is_done(scene: Scene, key_file: 
     assert (traces(scene.log), traces(scene.state)) == ([], [])
     assert list(verify(where, WHO)) == []
     assert (others_events(scene), others_rows(scene, where.rows)) == (events, rows)
+    assert (others_reads(scene), traces_of_reads(scene)) == (reads, [])
     assert partition_of(later(0)) == position(scene, key_file)[0]

@@ -13,6 +13,7 @@ from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource
 from deltalake import DeltaTable, write_deltalake
 
+from feature_repo.forgotten import read_forgotten
 from feature_repo.handle import StoreHandle
 from feature_repo.redis_settings import RedisSettings
 from feature_repo.store import RowStore
@@ -30,7 +31,18 @@ from pipelines.kafka_settings import kafka_settings
 from pipelines.kafka_topic import KafkaLog
 from pipelines.stream import StreamPlan, run
 from pipelines.tombstones import TopicOfUsers
-from tests.jobs.forgettable import NEARLY, SCHEMA, WHO, fill, make_log, put_events, redis_traces, some_events, traces
+from tests.jobs.forgettable import (
+    NEARLY,
+    SCHEMA,
+    WHO,
+    fill,
+    fold_at,
+    make_log,
+    put_events,
+    redis_traces,
+    some_events,
+    traces,
+)
 from tests.jobs.tiny import logged, take
 from tests.jobs.topics import held, keyed, take_topic
 from tests.kafka_broker import Broker
@@ -268,3 +280,18 @@ def test_a_backfill_leaves_out_what_a_restored_copy_brought_back(spark, tmp_path
     assert found == before
     assert rows_of(opened, checkpoint, [WHO]) == {WHO: None}
     assert DeltaTable(log / "events").metadata().configuration["vql.dense"] == "false"
+
+    # Of one who came back there is what came after, in the row that the stream makes of it.
+    back = msgspec.structs.replace(old, event_id="back")
+    put_events(log, partition, {offset + 1: back})
+    other = small_checkpoint(tmp_path / "other", seed=1)
+    fold_at(opened, other, [old, back], [offset - 1, offset + 1], forgotten=read_forgotten(where.ref))
+    (streamed,) = opened.get_rows(other.checkpoint_id, [WHO])
+
+    assert backfill(spark, checkpoint, log, store).users == len(users) + 1
+
+    (data,) = opened.get_rows(checkpoint.checkpoint_id, [WHO])
+    found, wanted = decode_row(data, checkpoint.spec), decode_row(streamed, other.spec)
+    assert (found.count, found.recent_data) == (1, wanted.recent_data)
+    assert found.stamp.offset == wanted.stamp.offset == offset + 1
+    assert found.folded_stamp.offset == wanted.folded_stamp.offset == offset
