@@ -135,10 +135,10 @@ def _encoder(
                 [[index.get(v, 0) for v in column] for index, column in zip(indices, columns, strict=True)], np.int64
             ).T
             cell_NQ = _cells(checkpoint, dict(zip(fields, zip(columns, feature_NF.T, strict=True), strict=True)))
-            of = context_of(pa.table(batch), context, tags)
+            of = context_of(pa.Table.from_batches([batch]), context, tags)
             for name, count in of.left_out.items():
                 left_out[name].add(count)
-            feature_NF = np.concatenate([feature_NF, of.row_NC], axis=1)
+            feature_NF = np.ascontiguousarray(np.concatenate([feature_NF, of.row_NC], axis=1))
             yield from encode_table(ranker, columns[0], feature_NF, cell_NQ, of.vector_NP).to_batches()
 
     return encode
