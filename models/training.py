@@ -193,11 +193,19 @@ def begin(plan: TrainPlan, world: int = 1) -> Run:
     return Run(
         plan=plan,
         ranker=ranker,
-        forward=nn.parallel.DistributedDataParallel(ranker) if world > 1 else ranker,
+        forward=_in_parallel(ranker) if world > 1 else ranker,
         optimizers=_optimizers(ranker, plan),
         generator=torch.default_generator,
         steps=_count_steps(plan, ranker, world),
     )
+
+
+def _in_parallel(ranker: Ranker) -> nn.Module:
+    """The forward pass of several processes. What each of them has read of the items is not sent with every step."""
+    kept = ranker.state_dict()
+    read = [name for name, _ in ranker.named_buffers() if name not in kept]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ranker, read)
+    return nn.parallel.DistributedDataParallel(ranker)
 
 
 def _optimizers(ranker: Ranker, plan: TrainPlan) -> list[torch.optim.Optimizer]:
