@@ -124,7 +124,7 @@ def test_models_can_be_given_numbers_tags_and_vectors_of_items(spark, files: Pat
     }
     context = ContextFields(numbers=("size",), tags=("tags",), vectors=("image",))
     study = msgspec.structs.replace(
-        STUDY, models=("vql", "din_50"), ablate=("context",), seeds=1, ladder=(), epochs=1, context=context
+        STUDY, models=("vql", "din_50"), ablate=("context",), seeds=1, ladder=(), epochs=1, counts=None, context=context
     )
     found = run_study(spark, study, replace(SHOP, item_columns=columns), files, tmp_path / "work", Console(quiet=True))
     vql, bare = found["results"]["vql"], found["results"]["vql without context"]
