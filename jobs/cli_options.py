@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from msgspec import UNSET, UnsetType
 
 from models.errors import InputError
-from models.item_context import ContextFields
+
+if TYPE_CHECKING:
+    from models.item_context import ContextFields
 
 # Absolute, because executors and workers have working folders of their own.
 Log = Annotated[
@@ -60,6 +62,8 @@ MaxFuture = Annotated[
 
 def declared(number: list[str], tags: list[str], vector: list[str]) -> ContextFields | UnsetType:
     """The item features beside the fields; unset where none are declared."""
+    from models.item_context import ContextFields
+
     fields = ContextFields(numbers=tuple(number), tags=tuple(tags), vectors=tuple(vector))
     return fields if fields.names else UNSET
 
