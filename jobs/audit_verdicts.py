@@ -34,7 +34,7 @@ from jobs.row_difference import (
 )
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.dense_caches import dense_caches
-from models.load import load_ranker
+from models.load import load_ranker_of
 from models.row import Fold, RowBytes
 from models.served import ServedRanker
 
@@ -172,4 +172,4 @@ def _wanted(read: dict) -> RowBytes:
 
 
 def _served(checkpoint: Checkpoint, using: Fold) -> ServedRanker:
-    return ServedRanker(load_ranker(checkpoint, using.table.feature_MF, using.table.cell_MQ))
+    return ServedRanker(load_ranker_of(checkpoint, using.table))
