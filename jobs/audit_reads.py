@@ -5,40 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from feature_repo.handle import StoreHandle
+from jobs.read_log import READ, day_of, stamp_of
 from jobs.spark import read_delta
-from models.errors import InputError, WireError
+from models.errors import InputError
 from models.row import RowBytes
 from models.user_hash import key_id, user_hash_key
-from models.wire import FOLDED_MAGIC, RECENT_MAGIC, Stamp, read_header
+from models.wire import FOLDED_MAGIC, RECENT_MAGIC
 
 USERS_PER_READ = 200
-# A read: of whom, when, what it found, and the scores that were made of it. revision: of either part, if one is sound.
-READ = (
-    "user_id string, read_ms long, history string, epoch long, partition long, offset long, revision long, "
-    "folded binary, recent binary, asked_ms long, item array<long>, score array<float>"
-)
-COLUMNS = [column.split()[0] for column in READ.split(", ")]
-_STORED = pa.schema(
-    [
-        ("user_id", pa.string()),
-        ("read_ms", pa.int64()),
-        ("history", pa.string()),
-        *((name, pa.int64()) for name in ("epoch", "partition", "offset", "revision")),
-        ("folded", pa.binary()),
-        ("recent", pa.binary()),
-        ("asked_ms", pa.int64()),
-        ("item", pa.list_(pa.int64())),
-        ("score", pa.list_(pa.float32())),
-    ]
-)
+# Of whom, and the read. revision: of either part, if one is sound.
+USER_READ = pa.schema([("user_id", pa.string()), *READ])
+COLUMNS = USER_READ.names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +58,7 @@ def logged_reads(spark: SparkSession, part: LoggedReads, checkpoint_id: str) -> 
 
 def stored_reads(users: DataFrame, store: StoreHandle, checkpoint_id: str) -> DataFrame:
     """The rows of these users, read from the store by the executors each time that this is evaluated."""
-    return users.select("user_id").mapInArrow(_reader(store, checkpoint_id), READ)
+    return users.select("user_id").mapInArrow(_reader(store, checkpoint_id), from_arrow_schema(USER_READ))
 
 
 def _reader(store: StoreHandle, checkpoint_id: str) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
@@ -86,7 +71,7 @@ def _reader(store: StoreHandle, checkpoint_id: str) -> Callable[[Iterator[pa.Rec
                 now_ms = int(time.time() * 1000)
                 found = rows.get_rows(checkpoint_id, asked)
                 reads = [_read(user_id, row, now_ms) for user_id, row in zip(asked, found, strict=True)]
-                yield pa.RecordBatch.from_pylist(reads, _STORED)
+                yield pa.RecordBatch.from_pylist(reads, USER_READ)
 
     return read_task
 
@@ -95,22 +80,10 @@ def _read(user_id: str, row: RowBytes | None, now_ms: int) -> dict[str, object]:
     read: dict[str, object] = {"user_id": user_id, "read_ms": now_ms, "history": "absent"}
     if row is None:
         return read
-    stamp = _stamp(row.recent, RECENT_MAGIC)
+    stamp = stamp_of(row.recent, RECENT_MAGIC)
     read |= {"history": "fresh", "folded": row.folded, "recent": row.recent}
     if stamp is not None:
         read |= {"epoch": stamp.epoch, "partition": stamp.partition, "offset": stamp.offset}
     # Of a damaged row, what is left of it may tell.
-    either = stamp or _stamp(row.folded, FOLDED_MAGIC)
+    either = stamp or stamp_of(row.folded, FOLDED_MAGIC)
     return read | {"revision": either and either.revision}
-
-
-def _stamp(part: bytes, magic: bytes) -> Stamp | None:
-    try:
-        return read_header(part, magic).stamp
-    except WireError:
-        return None
-
-
-def day_of(time_ms: int) -> str:
-    """As the read log has it."""
-    return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d")

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.audit_reads import COLUMNS
 from jobs.audited_log import AuditedLog
@@ -33,7 +34,7 @@ from jobs.row_difference import (
 )
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.dense_caches import dense_caches
-from models.load import load_ranker
+from models.load import load_ranker_of
 from models.row import Fold, RowBytes
 from models.served import ServedRanker
 
@@ -42,12 +43,7 @@ AHEAD, OTHER_EPOCH, LATE = "ahead", "other_epoch", "late"
 GOOD = (AGREES, LATER_ITEMS)
 BAD = (STAMP, FOLDED, RECENT, ENTRIES, COUNTS, SCORES, DAMAGED, FOREIGN, MISSING, EXTRA)
 NOT_COMPARED = (AHEAD, OTHER_EPOCH, LATE)
-VERDICT = (
-    "user_id string, read_ms long, partition long, offset long, revision long, verdict string, error double, "
-    "score_error double"
-)
-_NAMES = [column.split()[0] for column in VERDICT.split(", ")]
-_VERDICTS = pa.schema(
+VERDICT = pa.schema(
     [
         ("user_id", pa.string()),
         *((name, pa.int64()) for name in ("read_ms", "partition", "offset", "revision")),
@@ -68,7 +64,7 @@ class Tolerance:
 
 
 def judged(reads: DataFrame, log: AuditedLog, checkpoint: Checkpoint, tolerance: Tolerance) -> DataFrame:
-    """A verdict (VERDICT) for each read (`audit_reads.READ`) whose events were not erased since."""
+    """A verdict (VERDICT) for each read (`audit_reads.USER_READ`) whose events were not erased since."""
     ahead = F.col("offset") > F.coalesce(_ends(log)[F.col("partition")], F.lit(-1))
     there = F.col("recent").isNotNull()
     sorted_out = log.after_requests(reads).withColumn(
@@ -83,7 +79,7 @@ def judged(reads: DataFrame, log: AuditedLog, checkpoint: Checkpoint, tolerance:
     at_once = _not_missing(sorted_out.where("verdict IS NOT NULL"), log, tolerance)
     compared = _compared(sorted_out.where("verdict IS NULL"), log, checkpoint, tolerance)
     numbers = [F.lit(None).cast("double").alias(name) for name in ("error", "score_error")]
-    return at_once.select(*_NAMES[:-2], *numbers).unionByName(compared)
+    return at_once.select(*VERDICT.names[:-2], *numbers).unionByName(compared)
 
 
 def aged(verdicts: DataFrame, log: AuditedLog) -> DataFrame:
@@ -119,14 +115,14 @@ def _compared(reads: DataFrame, log: AuditedLog, checkpoint: Checkpoint, toleran
     rows = log.rows_at(reads.select("user_id", "offset").distinct(), checkpoint)
     rows = rows.withColumnsRenamed({"folded": "wanted_folded", "recent": "wanted_recent"})
     joined = reads.select(COLUMNS).join(rows, ["user_id", "offset"], "left")
-    return joined.mapInArrow(_comparer(checkpoint.path, tolerance), VERDICT)
+    return joined.mapInArrow(_comparer(checkpoint.path, tolerance), from_arrow_schema(VERDICT))
 
 
 def _comparer(path: Path, tolerance: Tolerance) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def compare_task(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         comparer = _Comparer(open_checkpoint(path), tolerance)
         for batch in batches:
-            yield pa.RecordBatch.from_pylist([comparer.verdict(read) for read in batch.to_pylist()], _VERDICTS)
+            yield pa.RecordBatch.from_pylist([comparer.verdict(read) for read in batch.to_pylist()], VERDICT)
 
     return compare_task
 
@@ -176,4 +172,4 @@ def _wanted(read: dict) -> RowBytes:
 
 
 def _served(checkpoint: Checkpoint, using: Fold) -> ServedRanker:
-    return ServedRanker(load_ranker(checkpoint, using.table.feature_MF, using.table.cell_MQ))
+    return ServedRanker(load_ranker_of(checkpoint, using.table))

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from feature_repo.opened import Opened
 from feature_repo.reader import ReadLimits
@@ -43,6 +44,9 @@ ROWS_PER_BATCH_BYTES = 16 << 20
 SETTLED_MS = 300_000
 # The folders of the segments that `encode_items` makes a table of.
 FIRST_RUN = (".", "run-00000")
+_ROWS = pa.schema(
+    [("place", pa.string()), ("folded", pa.binary()), ("recent", pa.binary()), ("later_items", pa.bool_())]
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,10 +128,7 @@ class AuditedLog:
         wanted = self.records.join(upto, "user_id").where(F.col("offset") <= F.col("upto"))
         events = wanted.drop("user_id").withColumnRenamed("place", "user_id").selectExpr(*FOLDED, "log_ms")
         sorted_ = events.repartition("user_id").sortWithinPartitions("user_id", "offset")
-        rows = sorted_.mapInArrow(
-            _folder(checkpoint.path, self.facts.epoch),
-            "place string, folded binary, recent binary, later_items boolean",
-        )
+        rows = sorted_.mapInArrow(_folder(checkpoint.path, self.facts.epoch), from_arrow_schema(_ROWS))
         split = F.split("place", " ", 2)
         return rows.select(
             split[1].alias("user_id"), split[0].cast("long").alias("offset"), "folded", "recent", "later_items"
@@ -182,8 +183,3 @@ def _folder(path: Path, epoch: int) -> Callable[[Iterator[pa.RecordBatch]], Iter
         yield pa.RecordBatch.from_pylist(rows, _ROWS)
 
     return fold_task
-
-
-_ROWS = pa.schema(
-    [("place", pa.string()), ("folded", pa.binary()), ("recent", pa.binary()), ("later_items", pa.bool_())]
-)

@@ -38,8 +38,12 @@ from jobs.cli_options import (
     MaxFuture,
     NewestHalfLives,
     NoCounts,
+    Number,
     State,
+    Tags,
+    Vector,
     choice,
+    declared,
     offsets,
     pairs,
 )
@@ -160,7 +164,11 @@ def ingest_items(
     column: Columns = [],
     master: Master = LOCAL,
 ) -> None:
-    """Replace the log's table of static item context: a row per item with item_id and the declared fields."""
+    """Replace the log's table of static item context: a row per item with item_id and the declared features.
+
+    A feature is text, also a number (vql train --number) and tags with | between; or an array, of tags or of the
+    numbers of a precomputed vector. A CSV file has arrays as text: --column "image=from_json(image, 'array<float>')".
+    """
     from jobs.ingest import ingest_items as run
     from jobs.spark import open_spark
 
@@ -176,6 +184,9 @@ def train(
         str, typer.Option(help=f"One of {', '.join(MODELS)}; a rival with +counts is given exact ones.")
     ] = "vql",
     field: Annotated[list[str], typer.Option(help="An item field to use, from vql ingest-items; repeatable.")] = [],
+    number: Number = [],
+    tags: Tags = [],
+    vector: Vector = [],
     half_life: HalfLives = HALF_LIVES,
     count: Counted = [],
     no_counts: NoCounts = False,
@@ -253,6 +264,7 @@ def train(
         before_ms=before_ms,
         category_code=category_code or UNSET,
         device=UNSET if device == "cpu" else device,
+        context=declared(number, tags, vector),
     )
     check_job(job, checkpoint)
     made = run_training(open_spark(master), job, work, checkpoint, processes)

@@ -61,10 +61,10 @@ def audit(
     from feature_repo.handle import StoreHandle
     from jobs.audit import DAY_MS, AuditPlan
     from jobs.audit import audit as run
-    from jobs.audit_reads import LoggedReads, day_of
+    from jobs.audit_reads import LoggedReads
     from jobs.audit_report import write_metrics, write_plot, write_report
     from jobs.audit_verdicts import Tolerance
-    from jobs.read_log import forget_before
+    from jobs.read_log import day_of, forget_before
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
     from models.user_hash import chosen_key_file

@@ -18,7 +18,11 @@ from jobs.cli_options import (
     Master,
     NewestHalfLives,
     NoCounts,
+    Number,
+    Tags,
+    Vector,
     choice,
+    declared,
     integer,
 )
 from models.model_names import MODELS
@@ -59,6 +63,9 @@ def evaluate(
     half_life: HalfLives = HALF_LIVES,
     newest: Annotated[int, typer.Option(min=0, max=64, help="As vql train has it; 0: no window over the newest.")] = 50,
     newest_half_life: NewestHalfLives = [],
+    number: Number = [],
+    tags: Tags = [],
+    vector: Vector = [],
     count: Counted = [],
     no_counts: NoCounts = False,
     count_half_life: CountHalfLives = COUNT_HALF_LIVES,
@@ -104,6 +111,7 @@ def evaluate(
         half_life_ms=half_lives,
         newest_half_life_ms=parse_newest_half_lives(newest_half_life, len(half_lives)),
         counts=None if no_counts else parse_counts(counted_fields("vql", count, published.fields), count_half_life),
+        context=declared(number, tags, vector),
     )
     check_study(study)
     published.plan(study.protocol)

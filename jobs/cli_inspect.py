@@ -56,6 +56,12 @@ def _facts(opened: Checkpoint, row_bytes: int | None) -> None:
         "actions": ", ".join(manifest.actions),
         "item fields": ", ".join(manifest.fields),
     }
+    if manifest.context:
+        context = manifest.context
+        facts["item numbers, ranges"] = ", ".join(f"{name} {len(at) + 1}" for name, at in context.numbers.items())
+        tags = (f"{name} {each.known:,}, {each.most} of an item" for name, each in context.tags.items())
+        facts["item tags"] = "; ".join(tags)
+        facts["item vectors, width"] = ", ".join(f"{name} {width}" for name, width in context.vectors.items())
     if manifest.category_field is not None:
         facts["code of group 0"] = manifest.fields[manifest.category_field]
     if manifest.newest_half_life_ms:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from msgspec import UNSET, UnsetType
 
 from models.errors import InputError
+
+if TYPE_CHECKING:
+    from models.item_context import ContextFields
 
 # Absolute, because executors and workers have working folders of their own.
 Log = Annotated[
@@ -30,6 +34,11 @@ HalfLives = Annotated[
 NewestHalfLives = Annotated[
     list[str], typer.Option(help="Of the newest, as --half-life has them. Absent: 1h, 6h, 1d, 7d by turns.")
 ]
+Number = Annotated[list[str], typer.Option(help="A numeric item feature to use, from vql ingest-items; repeatable.")]
+Tags = Annotated[list[str], typer.Option(help="An item feature of tags, with | between or in an array; repeatable.")]
+Vector = Annotated[
+    list[str], typer.Option(help="A precomputed vector of items to use, an array of numbers; repeatable.")
+]
 Counted = Annotated[
     list[str],
     typer.Option(
@@ -49,6 +58,14 @@ MaxFuture = Annotated[
         help="Seconds that an event's time may lie after its record's own; the same for ingest, stream and replay.",
     ),
 ]
+
+
+def declared(number: list[str], tags: list[str], vector: list[str]) -> ContextFields | UnsetType:
+    """The item features beside the fields; unset where none are declared."""
+    from models.item_context import ContextFields
+
+    fields = ContextFields(numbers=tuple(number), tags=tuple(tags), vectors=tuple(vector))
+    return fields if fields.names else UNSET
 
 
 def pairs(texts: list[str], shape: str = "--column: FIELD=EXPRESSION") -> dict[str, str]:

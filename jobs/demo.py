@@ -39,7 +39,7 @@ from jobs.spark import open_spark, read_delta
 from jobs.train import TrainJob, run_training
 from models.checkpoint import OTHER_ACTION, Checkpoint
 from models.errors import InputError, VqlError
-from models.load import load_ranker
+from models.load import load_ranker, load_ranker_of
 from models.request import Impression
 from models.row import Fold, decode_row
 from models.timelines import impressions_of, timeline_files
@@ -180,7 +180,7 @@ def _evaluate(
         later = read_delta(demo.spark, demo.folder / "heldout" / "events")
         impressions = _impressions(demo, later, using)
     with demo.stage("score", "from rows, and from raw histories"):
-        vql = load_ranker(checkpoints["vql"], using.table.feature_MF, using.table.cell_MQ)
+        vql = load_ranker_of(checkpoints["vql"], using.table)
         scores = {
             "vql": score_cached(vql, reader, impressions),
             "vql_raw": score_raw(vql, impressions),

@@ -8,10 +8,11 @@ seed give the same examples in the same order on any cluster.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +28,28 @@ from jobs.protocols import check_plan, draw, remember
 from jobs.sampling import Items
 from models.errors import InputError
 from models.files import locked, replace_array
-from models.timelines import FEATURES, SCHEMA
+from models.item_context import Context, ContextFields, context_of, fit_context, tag_index, told
+from models.timelines import FEATURES, SCHEMA, VECTORS
 
 UNKNOWN_VALUE = ""
 # A trainer holds one file in memory.
 USERS_PER_FILE = 5_000
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vocabulary:
-    """The items a model knows: values of each field in embedding order, and the feature rows (M x F, row 0 unknown)."""
+    """The items a model knows: values of each field in embedding order, and the feature rows (M x F, row 0 unknown).
+
+    context: the features beside the fields, if there are any, with the tags in embedding order and the vectors (M x P).
+    """
 
     fields: dict[str, list[str]]
     feature_MF: np.ndarray
+    context: Context | None = None
+    tags: dict[str, list[str]] = field(default_factory=dict)
+    vector_MP: np.ndarray | None = None
 
     def groups(self, field: str | None) -> np.ndarray:
         """The group of each item: its value of the field, or one group of all. Raises InputError for no such field."""
@@ -50,29 +60,60 @@ class Vocabulary:
         return self.feature_MF[:, list(self.fields).index(field)]
 
 
-def build_vocabulary(events: DataFrame, static: DataFrame | None, fields: list[str]) -> Vocabulary:
-    """Every item of the events, with the declared fields of the items table (None: no fields) where it has them.
+def build_vocabulary(
+    events: DataFrame, static: DataFrame | None, fields: list[str], declared: ContextFields = ContextFields()
+) -> Vocabulary:
+    """Every item of the events, with the declared features of the items table (None: none) where it has them.
 
-    The items come to the driver: the embedding lives there too. Raises InputError for an undeclared field.
+    The items come to the driver: the embedding lives there too. Raises InputError for an undeclared feature, and as
+    `fit_context`.
     """
-    items = events.select("item_id").distinct()
-    if static is not None:
-        missing = [f for f in fields if f not in static.columns]
-        if missing:
-            raise InputError(f"the log's items have no columns {missing}; they have {static.columns}")
-        items = items.join(static.select("item_id", *fields), "item_id", "left")
-    table = items.orderBy("item_id").toArrow()
+    table = _items(events, static, fields, declared.names)
     if table.num_rows == 0:
         raise InputError("the log holds no events before the cut; ingest some first")
-    values: dict[str, list[str]] = {"item_id": table["item_id"].to_pylist()}
-    columns = [np.arange(1, table.num_rows + 1)]
-    for field in fields:
-        cells = [UNKNOWN_VALUE if v is None else str(v) for v in table[field].to_pylist()]
-        values[field] = sorted(set(cells) - {UNKNOWN_VALUE})
-        index = {v: i + 1 for i, v in enumerate(values[field])}
-        columns.append(np.array([index.get(c, 0) for c in cells]))
-    feature_MF = np.concatenate([np.zeros((1, len(columns))), np.stack(columns, axis=1)]).astype(np.int64)
-    return Vocabulary(fields=values, feature_MF=feature_MF)
+    values = {name: sorted(set(_cells(table, name)) - {UNKNOWN_VALUE}) for name in fields}
+    values = {"item_id": table["item_id"].to_pylist(), **values}
+    context, tags = fit_context(table, declared) if declared.names else (None, {})
+    return _described(table, values, context, tags)
+
+
+def _items(events: DataFrame, static: DataFrame | None, fields: list[str], context: Sequence[str]) -> pa.Table:
+    """The items of the events by id, fields as text."""
+    items = events.select("item_id").distinct()
+    if static is not None:
+        if missing := [f for f in (*fields, *context) if f not in static.columns]:
+            raise InputError(
+                f"the log's items have no columns {missing}; they have {static.columns}: vql ingest-items --column "
+                "declares them"
+            )
+        static = static.select("item_id", *(F.col(f).cast("string").alias(f) for f in fields), *context)
+        items = items.join(static, "item_id", "left")
+    return items.orderBy("item_id").toArrow()
+
+
+def _cells(table: pa.Table, name: str) -> list[str]:
+    return [UNKNOWN_VALUE if v is None else v for v in table[name].to_pylist()]
+
+
+def _described(
+    table: pa.Table, fields: dict[str, list[str]], context: Context | None, tags: dict[str, list[str]]
+) -> Vocabulary:
+    """The items of a table by these values of fields, context and tags; row 0 is the unknown one."""
+    columns = []
+    for name, values in fields.items():
+        index = {v: i + 1 for i, v in enumerate(values)}
+        columns.append(np.array([index.get(cell, 0) for cell in _cells(table, name)], np.int64)[:, None])
+    vector_MP = None
+    if context is not None:
+        of = context_of(table, context, tag_index(tags))
+        columns.append(of.row_NC)
+        if context.vectors:
+            vector_MP = np.concatenate([np.full((1, context.vector_width), np.nan, np.float32), of.vector_NP])
+        if any(of.left_out.values()):
+            _log.warning("left out of the items' features: %s", told(context, of.left_out))
+    feature_NF = np.concatenate(columns, axis=1)
+    feature_MF = np.concatenate([np.zeros((1, feature_NF.shape[1]), np.int64), feature_NF])
+    return Vocabulary(fields=fields, feature_MF=feature_MF, context=context, tags=tags, vector_MP=vector_MP)
 
 
 def extended(vocabulary: Vocabulary, events: DataFrame, static: DataFrame | None) -> Vocabulary:
@@ -80,19 +121,20 @@ def extended(vocabulary: Vocabulary, events: DataFrame, static: DataFrame | None
 
     So a model of the vocabulary can be asked about items that came after its training.
     """
-    fields = list(vocabulary.fields)[1:]
-    index = {field: {v: i + 1 for i, v in enumerate(values)} for field, values in vocabulary.fields.items()}
-    now = build_vocabulary(events, static, fields)
-    rows = [
-        [index[field].get(now.fields[field][row - 1], 0) if row else 0 for field, row in zip(fields, rows, strict=True)]
-        for rows in now.feature_MF[1:, 1:].tolist()
-    ]
-    new = [i for i, item_id in enumerate(now.fields["item_id"]) if item_id not in index["item_id"]]
-    feature_NF = np.array([[0, *rows[i]] for i in new], np.int64).reshape(len(new), 1 + len(fields))
-    item_ids = vocabulary.fields["item_id"] + [now.fields["item_id"][i] for i in new]
-    return Vocabulary(
+    context, names = vocabulary.context, list(vocabulary.fields)[1:]
+    table = _items(events, static, names, () if context is None else context.names)
+    now = _described(table, vocabulary.fields, context, vocabulary.tags)
+    # The unknown item is not new.
+    new_N = np.r_[False, now.feature_MF[1:, 0] == 0]
+    vector_MP = vocabulary.vector_MP
+    if vector_MP is not None and now.vector_MP is not None:
+        vector_MP = np.concatenate([vector_MP, now.vector_MP[new_N]])
+    item_ids = vocabulary.fields["item_id"] + table["item_id"].filter(pa.array(new_N[1:])).to_pylist()
+    return replace(
+        vocabulary,
         fields={**vocabulary.fields, "item_id": item_ids},
-        feature_MF=np.concatenate([vocabulary.feature_MF, feature_NF]),
+        feature_MF=np.concatenate([vocabulary.feature_MF, now.feature_MF[new_N]]),
+        vector_MP=vector_MP,
     )
 
 
@@ -124,6 +166,8 @@ def _write_examples(
     grouped = indexed.groupBy("user_id").applyInArrow(_builder(plan, known, actions), from_arrow_schema(SCHEMA))
     placed = grouped.repartition(plan.files, "user_id").sortWithinPartitions("user_id")
     placed.write.option("maxRecordsPerFile", USERS_PER_FILE).parquet(str(out))
+    if vocabulary.vector_MP is not None:
+        replace_array(out / VECTORS, vocabulary.vector_MP)
     # Written last: its presence says that the folder is whole.
     replace_array(out / FEATURES, vocabulary.feature_MF)
 

@@ -25,6 +25,7 @@ from pyspark.errors import PythonException
 from pyspark.sql import DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
+from pyspark.sql.types import ArrayType, NumericType, StructField
 
 from jobs.event_log import create_log, forgotten_of, log_facts
 from jobs.spark import SPARK_ERRORS, errors_of_workers, read_delta, said_by, table_version
@@ -140,7 +141,9 @@ def read_source(spark: SparkSession, source: EventSource) -> DataFrame:
 
 @errors_of_workers()
 def ingest_items(spark: SparkSession, path: Path, format_: str, columns: Mapping[str, str], log: Path) -> int:
-    """Replace log/items by the declared columns of files, `item_id` and any static fields, all as text; how many items.
+    """Replace log/items by the declared columns of files, `item_id` and any static features; how many items.
+
+    All are text, but arrays, which stay what they are: of float32 if they hold numbers, else of text.
 
     Raises InputError for a missing file or column, for no rows, and for an item without an id or with two rows.
     """
@@ -153,7 +156,8 @@ def replace_items(spark: SparkSession, raw: DataFrame, columns: Mapping[str, str
         raise InputError(f"{path} has no column item_id; declare one with --column item_id=EXPRESSION")
     expressions = {"item_id": "item_id", **columns}
     try:
-        items = raw.select(*(F.expr(f"CAST(({e}) AS STRING)").alias(name) for name, e in expressions.items()))
+        items = raw.select(*(F.expr(f"({e})").alias(name) for name, e in expressions.items()))
+        items = items.select(*(F.col(f"`{field.name}`").cast(_kept_as(field)) for field in items.schema))
     except SPARK_ERRORS as error:
         raise InputError(f"{path}: a column expression cannot be used: {said_by(error)}") from error
     rows_of = items.groupBy("item_id").count()
@@ -166,6 +170,13 @@ def replace_items(spark: SparkSession, raw: DataFrame, columns: Mapping[str, str
         raise InputError(f"{path} holds {count} rows of item {item_id!r}; give each item an id and one row")
     items.write.format("delta").mode("overwrite").option("overwriteSchema", True).save(str(log / "items"))
     return read_delta(spark, log / "items").count()
+
+
+def _kept_as(field: StructField) -> str:
+    """The type of a column of the items table."""
+    if field.name == "item_id" or not isinstance(field.dataType, ArrayType):
+        return "string"
+    return "array<float>" if isinstance(field.dataType.elementType, NumericType) else "array<string>"
 
 
 def _where(raw: DataFrame, where: str) -> DataFrame:

@@ -35,30 +35,34 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from models.errors import WireError
 from models.row import RowBytes
 from models.user_hash import hashed_user, key_id
-from models.wire import RECENT_MAGIC, read_header
+from models.wire import RECENT_MAGIC, Stamp, read_header
 
 BUCKET_MS = 60_000
 FLUSH_S = 30.0
 WAITING_BYTES_MAX = 64 << 20
 ENTRIES_AT_ONCE = 16
 WRITTEN, DROPPED = "written", "dropped"
+# A read: when, what it found, and the scores that were made of it. So an audit has reads of the store too.
+READ = (
+    ("read_ms", pa.int64()),
+    ("history", pa.string()),
+    ("epoch", pa.int64()),
+    ("partition", pa.int64()),
+    ("offset", pa.int64()),
+    ("revision", pa.int64()),
+    ("folded", pa.binary()),
+    ("recent", pa.binary()),
+    ("asked_ms", pa.int64()),
+    ("item", pa.list_(pa.int64())),
+    ("score", pa.list_(pa.float32())),
+)
 SCHEMA = pa.schema(
     [
         ("day", pa.string()),
-        ("read_ms", pa.int64()),
         ("user_hash", pa.binary()),
         ("key_id", pa.string()),
         ("checkpoint_id", pa.string()),
-        ("history", pa.string()),
-        ("epoch", pa.int64()),
-        ("partition", pa.int64()),
-        ("offset", pa.int64()),
-        ("revision", pa.int64()),
-        ("folded", pa.binary()),
-        ("recent", pa.binary()),
-        ("asked_ms", pa.int64()),
-        ("item", pa.list_(pa.int64())),
-        ("score", pa.list_(pa.float32())),
+        *READ,
     ]
 )
 
@@ -228,24 +232,32 @@ def _table(entries: Sequence[tuple[int, bytes, SampledRead]], key: str) -> pa.Ta
     return pa.concat_tables([pa.Table.from_pylist(rows, SCHEMA) for rows in columns])
 
 
+def day_of(time_ms: int) -> str:
+    """As the log has it."""
+    return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d")
+
+
+def stamp_of(part: bytes, magic: bytes) -> Stamp | None:
+    """The stamp of a part of a row; None where it is damaged."""
+    try:
+        return read_header(part, magic).stamp
+    except WireError:
+        return None
+
+
 def _columns(read_ms: int, user_hash: bytes, read: SampledRead) -> dict[str, object]:
-    row, header = read.row, None
-    if row is not None:
-        try:
-            header = read_header(row.recent, RECENT_MAGIC)
-        except WireError:
-            # Damaged: what is left of it is kept.
-            header = None
+    row = read.row
+    stamp = row and stamp_of(row.recent, RECENT_MAGIC)
     return {
-        "day": datetime.fromtimestamp(read_ms / 1000, UTC).strftime("%Y-%m-%d"),
+        "day": day_of(read_ms),
         "read_ms": read_ms,
         "user_hash": user_hash,
         "checkpoint_id": read.checkpoint_id,
         "history": read.history,
-        "epoch": header and header.stamp.epoch,
-        "partition": header and header.stamp.partition,
-        "offset": header and header.stamp.offset,
-        "revision": header and header.stamp.revision,
+        "epoch": stamp and stamp.epoch,
+        "partition": stamp and stamp.partition,
+        "offset": stamp and stamp.offset,
+        "revision": stamp and stamp.revision,
         "folded": row and row.folded,
         "recent": row and row.recent,
         "asked_ms": read.asked_ms,

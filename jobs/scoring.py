@@ -21,7 +21,7 @@ from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.item_table import UNKNOWN, ItemTable
-from models.load import load_ranker
+from models.load import load_ranker_of
 from models.ranker import Ranker
 from models.row import Fold
 from models.served import ServedRanker
@@ -170,7 +170,7 @@ def load_scorer(checkpoint: Checkpoint, fold: Fold, reader: Reader, placement: P
     placement = placement or Placement()
     if checkpoint.manifest.model != "vql":
         raise InputError(f"{checkpoint.path} holds a model {checkpoint.manifest.model!r}, which reads no cache")
-    ranker = load_ranker(checkpoint, fold.table.feature_MF, fold.table.cell_MQ).to(placement.device)
+    ranker = load_ranker_of(checkpoint, fold.table).to(placement.device)
     return Scorer(
         checkpoint_id=checkpoint.checkpoint_id,
         table=fold.table,

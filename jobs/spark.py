@@ -29,6 +29,8 @@ from models.errors import (
 )
 
 LOCAL = "local[2]"
+# An id is looked up once for each batch that it occurs in.
+EVENTS_PER_BATCH = 100_000
 LOG4J = Path(__file__).with_name("log4j2.properties").as_uri()
 # pyspark has classes for some of what the Java side throws; the rest comes as py4j's.
 SPARK_ERRORS = (PySparkException, Py4JJavaError)
@@ -62,8 +64,7 @@ def open_spark(
         "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
         # pandas writes nanosecond timestamps, which Spark reads only as integers.
         "spark.sql.legacy.parquet.nanosAsLong": "true",
-        # An id is looked up once for each batch that it occurs in.
-        "spark.sql.execution.arrow.maxRecordsPerBatch": "50000",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": str(EVENTS_PER_BATCH),
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": str(stage_bars and sys.stderr.isatty()).lower(),
     }

@@ -26,6 +26,7 @@ from models.counts import CountPlan, exact_cells
 from models.diagnostics import Diagnostics
 from models.errors import CheckpointError, InputError
 from models.files import locked, replace_array, replace_file
+from models.item_context import ContextFields
 from models.model_names import EXACT_COUNTS, counts_exactly, may_count
 from models.quantisation import diagnose
 from models.rivals import HISTORIES
@@ -46,6 +47,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     window over the newest events, for sizes that have one. category_code: the field whose value is the code of group 0;
     unset, all codes are learned, and nothing that is named by a job has another name than before there was the choice.
     device: cuda, where products outside of attention are in bfloat16; unset, the CPU.
+    context: item features beside the fields; unset, there are none.
     """
 
     log: str
@@ -66,6 +68,12 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     before_ms: int | None = None
     category_code: str | msgspec.UnsetType = msgspec.UNSET
     device: str | msgspec.UnsetType = msgspec.UNSET
+    context: ContextFields | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """All columns of the items table that the training reads."""
+        return (*self.fields, *(self.context.names if self.context else ()))
 
 
 @errors_of_workers()
@@ -109,8 +117,9 @@ def write_trained(
         counts=job.counts,
         category_code=job.category_code,
         trained_before_ms=msgspec.UNSET if job.before_ms is None else job.before_ms,
+        context=vocabulary.context or msgspec.UNSET,
     )
-    return write_checkpoint(out, manifest, final_parameters(plan), vocabulary.fields)
+    return write_checkpoint(out, manifest, final_parameters(plan), {**vocabulary.fields, **vocabulary.tags})
 
 
 def _pin(spark: SparkSession, job: TrainJob, pinned: Path) -> TrainJob:
@@ -124,7 +133,7 @@ def _pin(spark: SparkSession, job: TrainJob, pinned: Path) -> TrainJob:
         return msgspec.json.decode(pinned.read_bytes(), type=TrainJob)
     if job.log_version is None:
         job = msgspec.structs.replace(job, log_version=table_version(spark, events))
-    if job.fields and job.items_version is None:
+    if job.features and job.items_version is None:
         read_delta(spark, items)
         job = msgspec.structs.replace(job, items_version=table_version(spark, items))
     replace_file(pinned, msgspec.json.encode(job))
@@ -146,8 +155,8 @@ def check_job(job: TrainJob, out: Path) -> None:
         raise InputError(f"{job.model} is given no counts; {job.model}{EXACT_COUNTS} is")
     if job.counts is None and counts_exactly(job.model):
         raise InputError(f"{job.model} has nothing to count")
-    if len({"item_id", *job.fields}) != 1 + len(job.fields):
-        raise InputError(f"fields {list(job.fields)}: item_id is always one, and each can be there once")
+    if len({"item_id", *job.features}) != 1 + len(job.features):
+        raise InputError(f"fields {list(job.features)}: item_id is always one, and each can be there once")
     if job.counts and (unknown := [f for f in job.counts.fields if f not in ("item_id", *job.fields)]):
         raise InputError(f"counted fields {unknown} are none of item_id and the fields {list(job.fields)}")
     if job.category_code is not msgspec.UNSET:
@@ -210,14 +219,19 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
     if job.before_ms is not None:
         events = events.where(F.col("event_time_ms") < job.before_ms)
     actions = known_actions(events)
-    items = read_delta(spark, Path(job.log) / "items", job.items_version) if job.fields else None
-    vocabulary = build_vocabulary(events, items, list(job.fields))
-    of = [job.log, job.log_version, job.items_version, job.fields, job.before_ms, job.examples]
-    examples = work.parent / f"examples-{digest(of)}"
+    items = read_delta(spark, Path(job.log) / "items", job.items_version) if job.features else None
+    vocabulary = build_vocabulary(events, items, list(job.fields), job.context or ContextFields())
+    examples = work.parent / f"examples-{digest(examples_of(job))}"
     write_examples(spark, events, vocabulary, actions, job.examples, examples)
     if count_impressions(timeline_files(examples)) == 0:
         raise InputError(f"{job.log} gives no examples: no user has events at two times and items to draw against")
     return plan_training(job, examples, work, vocabulary, actions), vocabulary
+
+
+def examples_of(job: TrainJob) -> list[object]:
+    """What decides the examples of a training, and the features of their items."""
+    of = [job.log, job.log_version, job.items_version, job.fields, job.before_ms, job.examples]
+    return [*of, job.context] if job.context else of
 
 
 def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabulary, actions: list[str]) -> TrainPlan:
@@ -232,6 +246,7 @@ def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabul
         actions=actions,
         field_rows=[len(values) + 1 for values in vocabulary.fields.values()],
         category_field=_place(job.category_code, vocabulary),
+        context=vocabulary.context,
         counts=job.counts,
         length=job.length,
         epochs=job.epochs,

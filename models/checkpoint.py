@@ -2,7 +2,7 @@
 
     manifest.json         sizes, rates, window, actions, item fields, training facts, metrics, hash of every file
     model.safetensors     the parameters
-    vocabulary/F.parquet  the values of item field F in embedding order (row 0 of an embedding is "unknown")
+    vocabulary/F.parquet  the values of item field, or the tags, F in embedding order (row 0 is "unknown")
     items/                the item table, grown by `encode-items`; not part of the checkpoint's identity
 
 The id of a checkpoint is the start of the SHA-256 of its manifest, which holds the hashes of the files: two
@@ -29,7 +29,8 @@ from models.counts import CountPlan
 from models.diagnostics import Diagnostics
 from models.errors import CheckpointError
 from models.files import disk_error, sha256_file
-from models.item_table import load_table
+from models.item_context import Context
+from models.item_table import Widths, load_table
 from models.row import Fold
 
 FORMAT_VERSION = 1
@@ -71,6 +72,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     counts: null where none are kept. newest_half_life_ms: as half_life_ms, of the window over the newest events; empty
     where there is none. category_code: the item field whose value is the code of group 0; absent where all are learned.
     trained_before_ms: events from then on are not in its training; absent where all of the log's version are.
+    context: the item features beside the fields; absent where there are none.
     """
 
     model: str
@@ -87,6 +89,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     format_version: int = FORMAT_VERSION
     category_code: str | msgspec.UnsetType = msgspec.UNSET
     trained_before_ms: int | msgspec.UnsetType = msgspec.UNSET
+    context: Context | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def category_field(self) -> int | None:
@@ -124,9 +127,13 @@ class Checkpoint:
     def fold(self) -> Fold:
         """What a writer of rows needs; reads the item table. Raises CheckpointError when it was never made."""
         action_value_AHD = self.tensors([ACTION_VALUES])[ACTION_VALUES]
-        counting, sizes = self.manifest.counts, self.manifest.sizes
-        counted = 0 if counting is None else len(counting.fields)
-        table = load_table(self.items_path, self.checkpoint_id, action_value_AHD, sizes.groups, counted)
+        counting, sizes, context = self.manifest.counts, self.manifest.sizes, self.manifest.context
+        widths = Widths(
+            groups=sizes.groups,
+            counted=0 if counting is None else len(counting.fields),
+            projected=sizes.width if context and context.vectors else 0,
+        )
+        table = load_table(self.items_path, self.checkpoint_id, action_value_AHD, widths)
         return Fold(spec=self.spec, window=sizes.window, newest=sizes.newest, table=table, counting=counting)
 
     def action_index(self, actions: Sequence[str]) -> np.ndarray:
@@ -144,7 +151,7 @@ class Checkpoint:
             raise CheckpointError(f"{path} cannot be read ({error}); train again or restore it") from error
 
     def vocabulary(self, field: str) -> list[str]:
-        """The values of an item field; value i has embedding row i + 1."""
+        """The values of an item field, or its tags; value i has embedding row i + 1."""
         return pq.read_table(self.path / "vocabulary" / f"{field}.parquet")["value"].to_pylist()
 
 

@@ -6,11 +6,12 @@ only ever appended (`encode-items`), so an index written into a row of the cache
 
 On disk: <checkpoint>/items/items.json names the segments in order, with their sizes and hashes; a segment is a
 Parquet file with columns item_id, code (G x int32), value (H * D x float32), feature (F x int32, the embedding
-row of each item field, with which a ranker encodes candidates) and, where the checkpoint counts, cell (Q x int32, what
-`models.counts` counts the item as). The file items.json is replaced atomically, after
-its segments are complete.
+rows of each item field, number and tag, with which a ranker encodes candidates) and, where the checkpoint counts, cell
+(Q x int32, what `models.counts` counts the item as); where it reads vectors of items, vector (d x float32, what its
+projection makes of them). The file items.json is replaced atomically, after its segments are complete.
 
-Shapes: M items, F item fields, Q counted fields, A actions, G groups, H heads, D value width per head.
+Shapes: M items, F columns of embedding rows, Q counted fields, A actions, G groups, H heads, D value width per head, d
+model width.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ SEGMENT = pa.schema(
         ("value", pa.list_(pa.float32())),
         ("feature", pa.list_(pa.int32())),
         ("cell", pa.list_(pa.int32())),
+        ("vector", pa.list_(pa.float32())),
     ]
 )
 
@@ -59,7 +61,7 @@ class TableIndex(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ItemTable:
-    """Codes, values and cells by item index, and the index by item id."""
+    """Codes, values and cells by item index, and the index by item id. vector_Md: None where no vectors are read."""
 
     checkpoint_id: str
     index: dict[str, int]
@@ -68,6 +70,7 @@ class ItemTable:
     cell_MQ: UInt16[np.ndarray, "M Q"]
     value_MHD: Float32[np.ndarray, "M H D"]
     action_value_AHD: Float32[np.ndarray, "A H D"]
+    vector_Md: Float32[np.ndarray, "M d"] | None = None
 
     def __len__(self) -> int:
         return len(self.code_MG)
@@ -94,10 +97,11 @@ def segment_table(
     value_NV: np.ndarray,
     feature_NF: np.ndarray,
     cell_NQ: np.ndarray | None = None,
+    vector_Nd: np.ndarray | None = None,
 ) -> pa.Table:
-    """Items as the columns of a segment; V = H * D. cell_NQ: None for a checkpoint that does not count."""
-    if cell_NQ is None:
-        cell_NQ = np.empty((len(item_ids), 0))
+    """Items as the columns of a segment; V = H * D. None for a checkpoint that does not count, or reads no vectors."""
+    nothing = np.empty((len(item_ids), 0))
+    cell_NQ, vector_Nd = nothing if cell_NQ is None else cell_NQ, nothing if vector_Nd is None else vector_Nd
     return pa.table(
         {
             "item_id": item_ids,
@@ -105,6 +109,7 @@ def segment_table(
             "value": pa.array(list(value_NV.astype(np.float32)), pa.list_(pa.float32())),
             "feature": pa.array(list(feature_NF.astype(np.int32)), pa.list_(pa.int32())),
             "cell": pa.array(list(cell_NQ.astype(np.int32)), pa.list_(pa.int32())),
+            "vector": pa.array(list(vector_Nd.astype(np.float32)), pa.list_(pa.float32())),
         },
         schema=SEGMENT,
     )
@@ -130,30 +135,41 @@ def append_segments(folder: Path, checkpoint_id: str, files: Sequence[Path]) -> 
     return index
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Widths:
+    """Of the columns, as the checkpoint has them: G, Q, and d of what it makes of vectors. 0: it has no such column."""
+
+    groups: int
+    counted: int = 0
+    projected: int = 0
+
+
 def load_table(
-    folder: Path, checkpoint_id: str, action_value_AHD: Float32[np.ndarray, "A H D"], groups: int, counted: int = 0
+    folder: Path, checkpoint_id: str, action_value_AHD: Float32[np.ndarray, "A H D"], widths: Widths
 ) -> ItemTable:
-    """Read and verify every segment; `counted` is Q. Raises CheckpointError for a missing, damaged or foreign table."""
+    """Read and verify every segment. Raises CheckpointError for a missing, damaged or foreign table."""
     index = read_index(folder)
     if index.checkpoint_id != checkpoint_id:
         raise CheckpointError(f"{folder} is the item table of {index.checkpoint_id}, not of {checkpoint_id}")
     if not index.segments:
         raise CheckpointError(f"{folder} holds an item table without items; restore it from a copy")
-    columns = ["item_id", "code", "value", "feature", *(["cell"] if counted else [])]
+    columns = ["item_id", "code", "value", "feature"]
+    columns += [name for name, width in (("cell", widths.counted), ("vector", widths.projected)) if width]
     tables = [_read_segment(folder / s.name, s, columns) for s in index.segments]
     table = pa.concat_tables(tables).combine_chunks()
     _, heads, width = action_value_AHD.shape
     item_ids = table["item_id"].to_pylist()
-    cell_MQ = _matrix(table["cell"], counted) if counted else np.empty((len(item_ids), 0))
+    cell_MQ = _matrix(table["cell"], widths.counted) if widths.counted else np.empty((len(item_ids), 0))
     return ItemTable(
         checkpoint_id=checkpoint_id,
         # Backwards, so that an item that occurs twice keeps its first index, which rows may hold.
         index={item_ids[i]: i for i in range(len(item_ids) - 1, UNKNOWN, -1)},
-        code_MG=_matrix(table["code"], groups).astype(np.uint16),
+        code_MG=_matrix(table["code"], widths.groups).astype(np.uint16),
         feature_MF=_matrix(table["feature"], len(table["feature"][0])).astype(np.int64),
         cell_MQ=cell_MQ.astype(np.uint16),
         value_MHD=_matrix(table["value"], heads * width).astype(np.float32).reshape(-1, heads, width),
         action_value_AHD=action_value_AHD,
+        vector_Md=_matrix(table["vector"], widths.projected).astype(np.float32) if widths.projected else None,
     )
 
 

@@ -35,7 +35,9 @@ from models.attention import (
 from models.checkpoint import Sizes
 from models.chunked import read_timelines
 from models.codebook import Codebook
+from models.context_layers import ItemVectors, TagMean
 from models.counts import Counter, CountPlan
+from models.item_context import Context
 from models.item_table import UNKNOWN
 from models.request import PADDING, Request, TimelineBatch
 from models.states import Impressions, Timelines
@@ -54,7 +56,7 @@ class Shape:
     """All that a ranker is built from: sizes, half-lives (H x R, null: never), actions, rows per item field, counts.
 
     newest_half_life_ms: those of the window over the newest events, for sizes that have one. category_field: the item
-    field whose value is the code of group 0, if one is.
+    field whose value is the code of group 0, if one is. context: the item features beside the fields, if there are any.
     """
 
     sizes: Sizes
@@ -64,6 +66,7 @@ class Shape:
     counting: CountPlan | None = None
     newest_half_life_ms: Sequence[Sequence[float | None]] = ()
     category_field: int | None = None
+    context: Context | None = None
 
     def without_window(self) -> Shape:
         """All but the window over the newest events."""
@@ -81,19 +84,26 @@ class HistoryReader(Protocol):
 
 
 class ItemEncoder(nn.Module):
-    """Static item context (id and categorical fields) to a vector: the sum of one embedding per field.
+    """Static item context to a vector: the sum of one embedding per field (the id is one) and number, of the mean of
+    those of the tags, and of what the vectors add.
 
-    `feature_MF` holds each known item's embedding rows; row 0, and embedding row 0 of every field, is "unknown".
+    `feature_MF` holds each known item's embedding rows: fields, numbers, tags (`models.item_context`); row 0, and
+    embedding row 0 of every feature, is "unknown".
     """
 
     feature_MF: torch.Tensor
 
     def __init__(self, shape: Shape, feature_MF: Int64[torch.Tensor, "M F"]) -> None:
         super().__init__()
-        fields = [nn.Embedding(rows, shape.sizes.width, sparse=(f == 0)) for f, rows in enumerate(shape.field_rows)]
+        context, width = shape.context or Context(), shape.sizes.width
+        rows = [*shape.field_rows, *context.number_rows]
+        fields = [nn.Embedding(count, width, sparse=(f == 0)) for f, count in enumerate(rows)]
         for field in fields:
-            nn.init.normal_(field.weight, std=shape.sizes.width**-0.5)
+            nn.init.normal_(field.weight, std=width**-0.5)
         self.fields = nn.ModuleList(fields)
+        self.tags = nn.ModuleList([TagMean(tags, width) for tags in context.tags.values()])
+        self.most_tags = [tags.most for tags in context.tags.values()]
+        self.vectors = ItemVectors(context.vector_width, width) if context.vectors else None
         # The features are facts of the log, not parameters: they are not saved with the model.
         self.register_buffer("feature_MF", feature_MF, persistent=False)
 
@@ -102,8 +112,13 @@ class ItemEncoder(nn.Module):
         return self.encode(self.features(item))
 
     def features(self, item: Int64[torch.Tensor, "*N"]) -> Int64[torch.Tensor, "*N F"]:
-        """Embedding rows of known items. In training a few ids, and of half of these all fields, are hidden."""
+        """Embedding rows of known items, and where there are vectors the item that has them as one column more.
+
+        In training a few ids, and of half of these all that is known of the item, are hidden.
+        """
         feature = self.feature_MF[item]
+        if self.vectors is not None:
+            feature = torch.cat([feature, item[..., None]], dim=-1)
         if self.training:
             # Drawn on the CPU, whose generator a run saves.
             draw = torch.rand(item.shape).to(item.device)[..., None]
@@ -116,8 +131,16 @@ class ItemEncoder(nn.Module):
         return torch.where(item_N < len(self.feature_MF), item_N, UNKNOWN)
 
     def encode(self, feature_NF: Int64[torch.Tensor, "*N F"]) -> Float[torch.Tensor, "*N d"]:
-        """Vectors from embedding rows: also for items the model has never seen (their id is row 0)."""
+        """Vectors from what `features` gives."""
+        if self.vectors is None:
+            return self.of_rows(feature_NF)
+        return self.of_rows(feature_NF[..., :-1]) + self.vectors(feature_NF[..., -1])
+
+    def of_rows(self, feature_NF: Int64[torch.Tensor, "*N F"]) -> Float[torch.Tensor, "*N d"]:
+        """What embedding rows alone add up to: also for items the model has never seen (their id is row 0)."""
         parts = [field(feature_NF[..., f]) for f, field in enumerate(self.fields)]
+        of_tags = feature_NF[..., len(self.fields) :].split(self.most_tags, dim=-1) if self.most_tags else ()
+        parts += [tags(row_NT) for tags, row_NT in zip(self.tags, of_tags, strict=True)]
         return torch.stack(parts).sum(dim=0)
 
 

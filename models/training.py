@@ -28,6 +28,7 @@ from models.checkpoint import Sizes
 from models.counts import CountPlan
 from models.errors import InputError
 from models.files import replace_file
+from models.item_context import Context
 from models.ranker import Ranker, Shape, VqlHistory, loss
 from models.request import Impression, Request, Timeline, TimelineBatch, collate, collate_timelines, counted
 from models.rivals import new_history
@@ -35,6 +36,7 @@ from models.stopping import Patience, auc_within
 from models.timelines import (
     CELLS,
     FEATURES,
+    VECTORS,
     Limits,
     batches,
     count_impressions,
@@ -56,7 +58,8 @@ HELD_OUT_BATCHES = 64
 
 
 class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """All that decides a run. `examples` and `work` are folders; FEATURES in `examples` is the feature table.
+    """All that decides a run. `examples` and `work` are folders; FEATURES in `examples` is the feature table, VECTORS
+    the items' vectors where the context has any.
 
     batch: impressions of a step. events: of a step's timelines, in all; a single timeline may have more.
     patience: after so many epochs without a better GAUC of held-out users, the run ends with the parameters of the
@@ -75,6 +78,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     counts: CountPlan | None = None
     newest_half_life_ms: list[list[float | None]] = []
     category_field: int | None = None
+    context: Context | None = None
     length: int = 512
     epochs: int = 1
     batch: int = 32
@@ -164,10 +168,14 @@ def new_ranker(plan: TrainPlan) -> Ranker:
         counting=plan.counts,
         newest_half_life_ms=plan.newest_half_life_ms,
         category_field=plan.category_field,
+        context=plan.context,
     )
     features = torch.from_numpy(np.load(Path(plan.examples) / FEATURES))
     cell_MQ = None if plan.counts is None else np.load(Path(plan.work) / CELLS)
-    return Ranker(shape, features, new_history(plan.model, shape), cell_MQ)
+    ranker = Ranker(shape, features, new_history(plan.model, shape), cell_MQ)
+    if ranker.encoder.vectors is not None:
+        ranker.encoder.vectors.hold(torch.from_numpy(np.load(Path(plan.examples) / VECTORS)))
+    return ranker
 
 
 def begin(plan: TrainPlan, world: int = 1) -> Run:
@@ -179,15 +187,25 @@ def begin(plan: TrainPlan, world: int = 1) -> Run:
         shares = islice(batches(first, plan.batch, seed=plan.seed, epoch=0), COUNTED_BATCHES)
         counts = [count_CX for share in shares for count_CX in counted(share, ranker.counter) or []]
         ranker.standardise_counts(torch.from_numpy(np.concatenate(counts)))
+    if ranker.encoder.vectors is not None:
+        ranker.encoder.vectors.standardise()
     ranker.to(plan.device)
     return Run(
         plan=plan,
         ranker=ranker,
-        forward=nn.parallel.DistributedDataParallel(ranker) if world > 1 else ranker,
+        forward=_in_parallel(ranker) if world > 1 else ranker,
         optimizers=_optimizers(ranker, plan),
         generator=torch.default_generator,
         steps=_count_steps(plan, ranker, world),
     )
+
+
+def _in_parallel(ranker: Ranker) -> nn.Module:
+    """The forward pass of several processes. What each of them has read of the items is not sent with every step."""
+    kept = ranker.state_dict()
+    read = [name for name, _ in ranker.named_buffers() if name not in kept]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(ranker, read)
+    return nn.parallel.DistributedDataParallel(ranker)
 
 
 def _optimizers(ranker: Ranker, plan: TrainPlan) -> list[torch.optim.Optimizer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ from jobs.examples import UNKNOWN_VALUE, Vocabulary, timelines
 from jobs.popularity import count_popularity
 from jobs.sampling import Items
 from models.checkpoint import OTHER_ACTION
-from models.timelines import FEATURES
+from models.item_context import ContextFields, context_of, fit_context, tag_index
+from models.timelines import FEATURES, VECTORS
 
 ACTIONS = [OTHER_ACTION, "purchase", "sale"]
+# What `item_context` says of each product.
+CONTEXT = ContextFields(numbers=("quantity",), tags=("words",), vectors=("months",))
 MOST_WEIGHT = 4
 
 
@@ -61,6 +65,43 @@ def vocabulary_of(purchases: pa.Table, fields: Sequence[str]) -> Vocabulary:
     return Vocabulary(fields=values, feature_MF=feature_MF)
 
 
+def item_context(purchases: pa.Table, items: Sequence[str]) -> pa.Table:
+    """Of these items the mean quantity that is bought at once, the words of their type, and of those that are bought at
+    least twice the shares of the months in which they are, as a table of `models.item_context`.
+    """
+    products = pq.read_table(data_file("products"), columns=["product_id", "product_type"])
+    ids = pa.array([int(item) for item in items])
+    kinds = products["product_type"].take(pc.index_in(ids, products["product_id"].combine_chunks())).to_pylist()
+    item_N = np.searchsorted(ids.to_numpy(), purchases["product_id"].to_numpy())
+    bought_I = np.bincount(item_N, minlength=len(items))
+    quantity_I = np.bincount(item_N, purchases["weight"].to_numpy(), len(items)) / bought_I
+    month_N = pc.month(purchases["time_ms"].cast(pa.timestamp("ms"))).to_numpy() - 1
+    share_IM = np.bincount(item_N * 12 + month_N, minlength=12 * len(items)).reshape(-1, 12) / bought_I[:, None]
+    months = [share.tolist() if bought > 1 else None for share, bought in zip(share_IM, bought_I, strict=True)]
+    return pa.table(
+        {
+            "item_id": list(items),
+            "quantity": [repr(float(quantity)) for quantity in quantity_I],
+            "words": [(kind or "").replace(" ", "|").replace("/", "|") for kind in kinds],
+            "months": pa.array(months, pa.list_(pa.float32())),
+        }
+    )
+
+
+def with_context(vocabulary: Vocabulary, purchases: pa.Table) -> Vocabulary:
+    """With CONTEXT, as `jobs.examples.build_vocabulary` has it."""
+    items = item_context(purchases, vocabulary.fields["item_id"])
+    context, tags = fit_context(items, CONTEXT)
+    of = context_of(items, context, tag_index(tags))
+    return replace(
+        vocabulary,
+        feature_MF=np.c_[vocabulary.feature_MF, np.r_[np.zeros((1, context.columns), np.int64), of.row_NC]],
+        context=context,
+        tags=tags,
+        vector_MP=np.r_[np.full((1, context.vector_width), np.nan, np.float32), of.vector_NP],
+    )
+
+
 def write_purchases(purchases: pa.Table, vocabulary: Vocabulary, plan: ExamplePlan, folder: Path) -> Path:
     """The examples of a plan over these purchases, as `jobs.examples.write_examples` writes them, in one file."""
     item_N = np.searchsorted(np.array(vocabulary.fields["item_id"], np.int64), purchases["product_id"].to_numpy()) + 1
@@ -81,4 +122,6 @@ def write_purchases(purchases: pa.Table, vocabulary: Vocabulary, plan: ExamplePl
     made = timelines(rows, Items(popularity=popularity, group_M=group_M), plan, ACTIONS)
     pq.write_table(made, folder / "part-00000.parquet")
     np.save(folder / FEATURES, vocabulary.feature_MF)
+    if vocabulary.vector_MP is not None:
+        np.save(folder / VECTORS, vocabulary.vector_MP)
     return folder

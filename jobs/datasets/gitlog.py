@@ -35,7 +35,14 @@ GITLOG = DataSet(
         "weight": "1.0D / commit_files",
     },
     items=lambda read: read("items"),
-    item_columns={"item_id": "concat('i', item_id)", "category": "category_name", "repo": "repo", "ext": "ext"},
+    item_columns={
+        "item_id": "concat('i', item_id)",
+        "category": "category_name",
+        "repo": "repo",
+        "ext": "ext",
+        # The folders on the file's path.
+        "tags": "replace(element_at(split(category_name, ':'), -1), '/', '|')",
+    },
     fields=("category", "repo", "ext"),
     within="repo",
 )

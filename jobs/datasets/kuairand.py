@@ -4,7 +4,7 @@ Every exposure is an event. Its action says what came of it: "impression" where 
 "click", "long_view" and "like", so that exactly the clicks are positives. (Three likes in a thousand come without a
 click; they count as impressions.) KuaiRand-1K has three logs with the same columns: two of the standard feed, which
 follow each other in time, and one of the exposures that were replaced by random videos, in the time of the second.
-Videos have tags with commas between, which become a category (the first) and tags.
+Videos have tags with commas between, which become a category (the first) and tags, and a duration in milliseconds.
 
 The part of KuaiRand-Pure has each user's last items before a day, oldest first and at most 50, and the exposures after
 it. Of those items only the order and the last one's time are known: the others are placed a second apart before it.
@@ -39,6 +39,7 @@ ITEM_COLUMNS = {
     "author": "author_id",
     "video_type": "video_type",
     "music": "music_id",
+    "duration": "video_duration",
 }
 FIELDS = ("category", "author")
 TERMS = "CC BY-SA 4.0, from its authors (kuairand.com); not part of this package"
@@ -58,7 +59,8 @@ KUAIRAND_1K = DataSet(
         "log": SourceFile(name="log_standard_4_22_to_5_08_1k.csv", columns=LOG_COLUMNS),
         "log_random": SourceFile(name="log_random_4_22_to_5_08_1k.csv", columns=LOG_COLUMNS),
         "items": SourceFile(
-            name="video_features_basic_1k.csv", columns=("video_id", "author_id", "video_type", "music_id", "tag")
+            name="video_features_basic_1k.csv",
+            columns=("video_id", "author_id", "video_type", "music_id", "video_duration", "tag"),
         ),
     },
     events=_all_logs,
@@ -110,7 +112,7 @@ KUAIRAND_PURE = DataSet(
         ),
         "items": SourceFile(
             name="kuairand_pure_items.parquet",
-            columns=("item_id", "author_id", "video_type", "music_id", "tag"),
+            columns=("item_id", "author_id", "video_type", "music_id", "video_duration", "tag"),
             format="parquet",
         ),
     },

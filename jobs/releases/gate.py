@@ -32,7 +32,7 @@ from models.checkpoint import Checkpoint
 from models.diagnostics import Usage
 from models.errors import InputError
 from models.item_table import UNKNOWN
-from models.load import load_ranker
+from models.load import load_ranker_of
 from models.request import Impression
 from models.row import Fold, encode_row
 
@@ -181,7 +181,7 @@ def _side(checkpoint: Checkpoint, asked: HeldOut, question: Question, work: Path
 
 def _scorer(checkpoint: Checkpoint, fold: Fold, impressions: list[Impression], length: int) -> Callable[[], Scores]:
     def score() -> Scores:
-        ranker = load_ranker(checkpoint, fold.table.feature_MF, fold.table.cell_MQ)
+        ranker = load_ranker_of(checkpoint, fold.table)
         return score_raw(ranker, impressions, length)
 
     return score

@@ -72,12 +72,14 @@ def folded(ranker: Ranker, checkpoint: Checkpoint) -> Fold:
     """What makes rows of events that name items by the ranker's own indices."""
     history = ranker.history
     assert isinstance(history, VqlHistory)
-    x_Md = ranker.encoder.encode(ranker.encoder.feature_MF)
+    encoder = ranker.encoder
+    feature_MF = encoder.features(torch.arange(len(encoder.feature_MF)))
+    x_Md = encoder.encode(feature_MF)
     table = ItemTable(
         checkpoint_id=checkpoint.checkpoint_id,
         index={},
-        code_MG=history.codes(x_Md, ranker.encoder.feature_MF).numpy().astype(np.uint16),
-        feature_MF=ranker.encoder.feature_MF.numpy(),
+        code_MG=history.codes(x_Md, feature_MF).numpy().astype(np.uint16),
+        feature_MF=encoder.feature_MF.numpy(),
         cell_MQ=ranker.cell_MQ.numpy().astype(np.uint16),
         value_MHD=history.values(x_Md).numpy(),
         action_value_AHD=history.action_value_AHD.numpy(),

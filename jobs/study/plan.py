@@ -11,6 +11,7 @@ from jobs.train import TrainJob
 from models.checkpoint import Sizes
 from models.counts import CountPlan
 from models.errors import InputError
+from models.item_context import ContextFields
 from models.model_names import EXACT_COUNTS, MODELS, counts_exactly, may_count
 from models.rivals.din import WINDOW
 
@@ -36,7 +37,7 @@ def _without_context(job: TrainJob) -> TrainJob:
     if counts is not None:
         fields = [field for field in counts.fields if field == "item_id"]
         counts = msgspec.structs.replace(counts, fields=fields) if fields else None
-    return msgspec.structs.replace(job, fields=(), counts=counts)
+    return msgspec.structs.replace(job, fields=(), context=msgspec.UNSET, counts=counts)
 
 
 # VQL with one thing taken away, or less of it, or made otherwise.
@@ -61,7 +62,8 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     The newest `holdout` share of the events, by time, is what models are asked about; they are trained on what was
     before. per_user, test_per_user: impressions of a user at most. length: newest events that a model looks at.
     ladder: other lengths at which the trained models are asked again. reference: the model that differences are from.
-    counts: what vql counts in its rows, and models with EXACT_COUNTS exactly; all others count nothing.
+    counts: what vql counts in its rows, and models with EXACT_COUNTS exactly; all others count nothing. context: item
+    features that all are given beside the data's fields; unset, none.
     """
 
     data: str
@@ -80,6 +82,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     half_life_ms: tuple[tuple[float | None, ...], ...] = TrainJob(log="").half_life_ms
     newest_half_life_ms: tuple[tuple[float | None, ...], ...] = TrainJob(log="").newest_half_life_ms
     counts: CountPlan | None = None
+    context: ContextFields | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

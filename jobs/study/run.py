@@ -30,14 +30,15 @@ from jobs.spark import read_delta, table_version
 from jobs.study.compare import Difference, Over, Worth, difference, over, worth, worth_by_slice
 from jobs.study.costs import Costs, costs
 from jobs.study.plan import Study, Variant, check_study, lengths, seen, variants
-from jobs.train import TrainJob, digest, item_cells, known_actions, run_folder, run_training
+from jobs.train import TrainJob, digest, examples_of, item_cells, known_actions, run_folder, run_training
 from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.files import replace_file
+from models.item_context import Context, ContextFields
 from models.load import load_ranker
 from models.ranker import Ranker
 from models.request import Impression
-from models.timelines import FEATURES, impressions_of, timeline_files
+from models.timelines import FEATURES, VECTORS, impressions_of, timeline_files
 
 HOUR_MS = 3_600_000
 
@@ -63,11 +64,12 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOut:
-    """What models are asked: impressions, over items with these embedding rows (M x F)."""
+    """What models are asked: impressions, over items with these embedding rows (M x F), and vectors (M x P) if any."""
 
     digest: str
     impressions: Sequence[Impression]
     feature_MF: np.ndarray
+    vector_MP: np.ndarray | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +154,7 @@ def _job(spark: SparkSession, study: Study, data: DataSet, log: Path) -> TrainJo
         log_version=table_version(spark, log / "events"),
         items_version=table_version(spark, log / "items"),
         before_ms=cut_of(spark, log, study.holdout),
+        context=study.context,
     )
 
 
@@ -160,16 +163,22 @@ def _held_out(spark: SparkSession, job: TrainJob, plan: ExamplePlan, work: Path)
 
     The models know the items and actions of what they were trained on; of others, the fields.
     """
-    of = digest([job.log, job.log_version, job.items_version, job.fields, job.before_ms, plan])
+    of = digest(examples_of(msgspec.structs.replace(job, examples=plan)))
     events = read_events(spark, Path(job.log), job.log_version)
     static = read_delta(spark, Path(job.log) / "items", job.items_version)
     before = events.where(F.col("event_time_ms") < job.before_ms)
     folder = work / f"heldout-{of}"
     if not (folder / FEATURES).exists():
-        known = build_vocabulary(before, static, list(job.fields))
+        known = build_vocabulary(before, static, list(job.fields), job.context or ContextFields())
         write_examples(spark, events, extended(known, events, static), known_actions(before), plan, folder)
     impressions = [one for file in timeline_files(folder) for one in impressions_of(file)]
-    return HeldOut(digest=of, impressions=impressions, feature_MF=np.load(folder / FEATURES))
+    vectors = folder / VECTORS
+    return HeldOut(
+        digest=of,
+        impressions=impressions,
+        feature_MF=np.load(folder / FEATURES),
+        vector_MP=np.load(vectors) if vectors.exists() else None,
+    )
 
 
 def _ask(spark: SparkSession, study: Study, variant: Variant, heldout: HeldOut, work: Path, console: Console) -> Asked:
@@ -191,17 +200,19 @@ def _ask(spark: SparkSession, study: Study, variant: Variant, heldout: HeldOut, 
     return Asked(scores=scores, train_s=train_s, costs=cost)
 
 
-def _items(checkpoint: Checkpoint, heldout: HeldOut) -> tuple[np.ndarray, np.ndarray | None]:
-    """The embedding rows of the fields that the model has, and what items are counted as.
+def _items(checkpoint: Checkpoint, heldout: HeldOut) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """The embedding rows of the features that the model has, what items are counted as, and their vectors.
 
     An ablation may have fewer fields than the data. An item that came after the training is counted by its fields.
     """
     manifest = checkpoint.manifest
-    feature_MF = np.ascontiguousarray(heldout.feature_MF[:, : len(manifest.fields)])
+    context = manifest.context or Context()
+    feature_MF = np.ascontiguousarray(heldout.feature_MF[:, : len(manifest.fields) + context.columns])
     if manifest.counts is None:
-        return feature_MF, None
+        return feature_MF, None, heldout.vector_MP
     values = {field: checkpoint.vocabulary(field) for field in manifest.fields}
-    return feature_MF, item_cells(manifest.model, manifest.counts, Vocabulary(fields=values, feature_MF=feature_MF))
+    cell_MQ = item_cells(manifest.model, manifest.counts, Vocabulary(fields=values, feature_MF=feature_MF))
+    return feature_MF, cell_MQ, heldout.vector_MP
 
 
 def _scores(ranker: Ranker, checkpoint: Checkpoint, heldout: HeldOut, length: int, work: Path) -> Scores:

@@ -1,4 +1,5 @@
-"""Scores from rows are those of training, for every configuration of the ablations: whatever `vql evaluate` has.
+"""Scores from rows are those of training, for every configuration of the ablations: whatever `vql evaluate` has, and
+with item features of all kinds.
 
 Each is trained for a moment on real purchases, by the plan and into the checkpoint that `vql train` makes of its job.
 The impressions of training are then scored from their raw histories, from timelines in chunks, and from rows: events
@@ -20,13 +21,13 @@ import torch
 
 from jobs.encode_items import encode_table
 from jobs.examples import Vocabulary
-from jobs.study.plan import ABLATIONS, Study, check_study, variants
+from jobs.study.plan import ABLATIONS, Study, Variant, check_study, variants
 from jobs.train import DAY_MS, TrainJob, item_cells, plan_training, write_trained
 from models.checkpoint import Checkpoint
 from models.counts import CountPlan
 from models.dense_caches import dense_caches
 from models.item_table import append_segments
-from models.load import load_ranker
+from models.load import load_ranker, load_ranker_of
 from models.ranker import Ranker
 from models.request import Timeline, collate, collate_timelines, counted
 from models.row import Fold, RowBytes, advance, decode_row, encode_row, new_row
@@ -34,7 +35,7 @@ from models.served import ServedRanker
 from models.timelines import timeline_files, timelines_of
 from models.training import train, trained_ranker
 from models.wire import Stamp, pack_recent
-from tests.real_purchases import ACTIONS, bought, vocabulary_of, write_purchases
+from tests.real_purchases import ACTIONS, CONTEXT, bought, vocabulary_of, with_context, write_purchases
 
 FIELDS = ("category", "department")
 STUDY = Study(
@@ -54,6 +55,9 @@ JOB = TrainJob(
     epochs=4,
 )
 VARIANTS = {variant.name: variant for variant in variants(STUDY, JOB)}
+# Beside the ablations: item features of all kinds.
+CONTEXT_JOB = msgspec.structs.replace(VARIANTS["vql"].job, context=CONTEXT)
+VARIANTS["vql with context"] = Variant(name="vql with context", job=CONTEXT_JOB, length=JOB.length)
 # Exact counts are a dictionary of values that were met: no row holds them.
 WITHOUT_ROWS = {"vql with exact counts"}
 # Logits of a few units in float32, from sums of a hundred events in three orders: each is a few roundings of 1e-7 off,
@@ -68,11 +72,12 @@ HOUSEHOLDS, ASKED = 24, 8
 class Trained:
     """A configuration after its training: as it ended, and as its checkpoint gives it back.
 
-    using: what makes its rows, None where it has none.
+    served: with what its item table says of items. using: what makes its rows. None where it has none.
     """
 
     ranker: Ranker
     loaded: Ranker
+    served: Ranker | None
     using: Fold | None
     timelines: Sequence[Timeline]
 
@@ -86,18 +91,20 @@ def purchases() -> pa.Table:
 def trained(request, purchases: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     variant, folder = VARIANTS[request.param], tmp_path_factory.mktemp("variant")
     job, vocabulary = variant.job, vocabulary_of(purchases, variant.job.fields)
+    vocabulary = with_context(vocabulary, purchases) if job.context else vocabulary
     examples = write_purchases(purchases, vocabulary, job.examples, folder / "examples")
     plan = plan_training(job, examples, folder / "work", vocabulary, ACTIONS)
     train(plan)
     checkpoint = write_trained(job, plan, vocabulary, {}, folder / "checkpoint")
     cell_MQ = None if job.counts is None else item_cells(job.model, job.counts, vocabulary)
-    loaded = load_ranker(checkpoint, vocabulary.feature_MF, cell_MQ)
+    loaded = load_ranker(checkpoint, vocabulary.feature_MF, cell_MQ, vocabulary.vector_MP)
     assert loaded.history.codebook.started
-    has_rows = variant.name not in WITHOUT_ROWS
+    using = None if variant.name in WITHOUT_ROWS else encoded(checkpoint, loaded, vocabulary, cell_MQ)
     return Trained(
         ranker=trained_ranker(plan),
         loaded=loaded,
-        using=encoded(checkpoint, loaded, vocabulary, cell_MQ) if has_rows else None,
+        served=using and load_ranker_of(checkpoint, using.table),
+        using=using,
         timelines=timelines_of(timeline_files(examples)[0])[:ASKED],
     )
 
@@ -106,8 +113,8 @@ def encoded(checkpoint: Checkpoint, ranker: Ranker, vocabulary: Vocabulary, cell
     """What makes rows, by the item table on disk. Items have the indices there that they have in the examples."""
     checkpoint.items_path.mkdir()
     segment = checkpoint.items_path / "all.parquet"
-    table = encode_table(ranker, ["", *vocabulary.fields["item_id"]], vocabulary.feature_MF, cell_MQ)
-    pq.write_table(table, segment)
+    items = (["", *vocabulary.fields["item_id"]], vocabulary.feature_MF, cell_MQ, vocabulary.vector_MP)
+    pq.write_table(encode_table(ranker, *items), segment)
     append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [segment])
     return checkpoint.fold()
 
@@ -126,10 +133,11 @@ def in_chunks(of: Trained, ranker: Ranker) -> torch.Tensor:
 def from_rows(of: Trained) -> Iterator[torch.Tensor]:
     """The same from rows, by the plain form and by the one that is served."""
     assert of.using is not None
+    assert of.served is not None
     rows = [row for timeline in of.timelines for row in rows_before(timeline, of.using)]
     caches = dense_caches(rows, of.using, torch.device("cpu")).caches
     request = collate([one for timeline in of.timelines for one in timeline.impressions()], 1)
-    for form in (of.loaded, ServedRanker(of.loaded)):
+    for form in (of.served, ServedRanker(of.served)):
         yield form.from_cache(request.candidate_BC, caches, request.now_ms_B)
 
 
@@ -173,6 +181,9 @@ PARTS: dict[str, Callable[[torch.Tensor], None]] = {
     "history.window.kernel.rate_HR": doubled,
     "history.window.action_value_AHD": zeroed,
     "history.window.gate.weight": zeroed,
+    "encoder.fields.3.weight": zeroed,
+    "encoder.tags.0.tag.weight": zeroed,
+    "encoder.vectors.projection.weight": zeroed,
     # Another cell for each value would count the same; two values in one do not.
     "cell_MQ": lambda tensor: tensor.copy_(tensor // 2),
 }
@@ -200,4 +211,4 @@ def test_every_part_that_a_configuration_has_decides_its_scores(trained: Trained
 def test_rivals_alone_have_no_row() -> None:
     check_study(STUDY)
     assert {name for name, variant in VARIANTS.items() if variant.job.model != "vql"} == WITHOUT_ROWS
-    assert len(VARIANTS) == 1 + sum(len(changes) for changes in ABLATIONS.values())
+    assert len(VARIANTS) == 2 + sum(len(changes) for changes in ABLATIONS.values())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from zlib import crc32
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -251,6 +252,23 @@ def test_items_keep_the_declared_columns_as_text_and_are_replaced_whole(spark, t
     (tmp_path / "items.csv").write_text("item_id,brand\n7,b\n")
     assert ingest_items(spark, tmp_path / "items.csv", "csv", {"brand": "brand"}, tmp_path) == 1
     assert logged(tmp_path, "items") == [{"item_id": "7", "brand": "b"}]
+
+
+def test_arrays_of_items_stay_arrays(spark, tmp_path: Path) -> None:
+    rows = [
+        {"item_id": "i1", "tags": ["a", "b"], "image": [1.5, 0.1], "price": 0.1},
+        {"item_id": "i2", "tags": None, "image": None, "price": None},
+    ]
+    columns = {name: name for name in ("tags", "image", "price")}
+    assert ingest_items(spark, write_rows(tmp_path / "items.parquet", rows), "parquet", columns, tmp_path) == 2
+    one, two = logged(tmp_path, "items")
+    # As float32 has it; a number is text, of the same value.
+    assert one == {"item_id": "i1", "tags": ["a", "b"], "image": [1.5, float(np.float32(0.1))], "price": "0.1"}
+    assert two == {"item_id": "i2", "tags": None, "image": None, "price": None}
+    csv = tmp_path / "items.csv"
+    csv.write_text('item_id,image\n7,"[1.5, 0.1]"\n8,\n9,"nonsense"\n')
+    ingest_items(spark, csv, "csv", {"image": "from_json(image, 'array<float>')"}, tmp_path)
+    assert [row["image"] for row in logged(tmp_path, "items")] == [one["image"], None, None]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -21,6 +22,7 @@ from jobs.train import DAY_MS, TrainJob
 from models.checkpoint import Sizes, open_checkpoint
 from models.counts import CountPlan
 from models.errors import InputError
+from models.item_context import ContextFields
 from tests.jobs.tiny import DAYS, SIZES, USERS, items, logged, purchases, take, write_rows
 from tests.small import START_MS
 
@@ -110,6 +112,28 @@ def test_a_study_says_what_each_model_is_worth_and_costs(spark, files: Path, tmp
     assert sum(path.suffix == ".npz" for path in made) == 2 * (2 + 1 + 1)
     for name in results:
         assert more["results"][name].gauc == results[name].gauc
+
+
+@pytest.mark.spark
+def test_models_can_be_given_numbers_tags_and_vectors_of_items(spark, files: Path, tmp_path: Path) -> None:
+    columns = {
+        **SHOP.item_columns,
+        "size": "length(item_id)",
+        "tags": "concat(category, '|', item_id)",
+        "image": "array(ascii(item_id), length(category))",
+    }
+    context = ContextFields(numbers=("size",), tags=("tags",), vectors=("image",))
+    study = msgspec.structs.replace(
+        STUDY, models=("vql", "din_50"), ablate=("context",), seeds=1, ladder=(), epochs=1, counts=None, context=context
+    )
+    found = run_study(spark, study, replace(SHOP, item_columns=columns), files, tmp_path / "work", Console(quiet=True))
+    vql, bare = found["results"]["vql"], found["results"]["vql without context"]
+    # The category's rows; three of size; a row for each tag; four to project from 2; and the unknown one of each.
+    width, added = SIZES.width, 4 + 3 + (1 + 24 + 3) + 2
+    assert vql.parameters - bare.parameters == added * width
+    for figures in found["results"].values():
+        assert 0 < figures.gauc.mean < 1
+    assert vql.gauc != bare.gauc
 
 
 @pytest.mark.spark

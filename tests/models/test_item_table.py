@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from models.checkpoint import Checkpoint
@@ -59,6 +60,18 @@ def test_a_segment_that_is_already_named_is_not_added_again(checkpoint):
     files = [checkpoint.items_path / FIRST]
     assert append_segments(checkpoint.items_path, checkpoint.checkpoint_id, files) == before
     assert [(s.name, s.items) for s in before.segments] == [(FIRST, ITEMS + 1)]
+
+
+def test_a_segment_from_before_items_had_vectors_is_read(checkpoint):
+    before, path = load(checkpoint), checkpoint.items_path / FIRST
+    pq.write_table(pq.read_table(path).drop_columns(["vector"]), path)
+    (checkpoint.items_path / "items.json").unlink()
+    append_segments(checkpoint.items_path, checkpoint.checkpoint_id, [path])
+    write_items(checkpoint, ["new"], "items-00001.parquet", seed=1)
+    after = load(checkpoint)
+    assert after.vector_Md is before.vector_Md is None
+    np.testing.assert_array_equal(after.value_MHD[: len(before)], before.value_MHD)
+    assert after.lookup(["new"]).tolist() == [ITEMS + 1]
 
 
 def test_a_segment_that_no_index_names_is_not_read(checkpoint):

@@ -10,6 +10,7 @@ from models.attention import CacheBatch, read_counts
 from models.cache import CacheSpec, EncodedEvents, empty, fold
 from models.counts import CountedEvents, CountPlan
 from models.counts import fold as fold_counts
+from models.item_context import Context, Tags
 from models.ranker import Ranker, Shape, VqlHistory, loss
 from models.request import History, collate, collate_timelines, counted
 from models.rivals import HISTORIES
@@ -53,6 +54,32 @@ def new_ranker(model: str = "vql", rates: int = 1, counting: CountPlan | None = 
         torch.nn.init.normal_(ranker.history.kernel.raw_HR)
         if ranker.history.window is not None:
             torch.nn.init.normal_(ranker.history.window.action_value_AHD)
+    return ranker
+
+
+CONTEXT = Context(numbers={"price": [1.0, 2.0]}, tags={"tags": Tags(known=9, most=3)}, vectors={"image": 2, "text": 3})
+
+
+def context_ranker(model: str = "vql") -> Ranker:
+    """Whose items also have a number, up to three tags, and two vectors, or lack some of these."""
+    torch.manual_seed(3)
+    rng = np.random.default_rng(3)
+    row_MC = np.c_[rng.integers(0, 4, ITEMS + 1), rng.integers(0, 10, (ITEMS + 1, 3))]
+    row_MC[0] = 0
+    shape = Shape(
+        sizes=structs.replace(SIZES, window=64, newest=7),
+        half_life_ms=LIVES[1],
+        actions=2,
+        field_rows=[ITEMS + 1, CATEGORIES + 1],
+        newest_half_life_ms=WINDOW_LIVES,
+        context=CONTEXT,
+    )
+    ranker = Ranker(shape, torch.from_numpy(np.c_[feature_table(), row_MC]), HISTORIES[model](shape))
+    vector_MP = rng.normal(size=(ITEMS + 1, 5)).astype(np.float32)
+    vector_MP[[0, 5]] = np.nan
+    vector_MP[9, :2] = np.nan
+    ranker.encoder.vectors.hold(torch.from_numpy(vector_MP))
+    ranker.encoder.vectors.standardise()
     return ranker
 
 
@@ -241,3 +268,54 @@ def test_an_unknown_id_keeps_its_category():
     item, category = encoder.fields
     vector = encoder.encode(torch.tensor([[0, 2]]))
     torch.testing.assert_close(vector[0], item.weight[0] + category.weight[2])
+
+
+CONTEXT_PARTS = ("encoder.fields.2.weight", "encoder.tags.0.tag.weight", "encoder.vectors.projection.weight")
+
+
+@pytest.mark.parametrize("model", HISTORIES)
+def test_numbers_tags_and_vectors_learn_whatever_reads_the_history(tmp_path, model):
+    ranker, batch = context_ranker(model).train(), impressions(tmp_path)[:6]
+    request = collate(batch)
+    error = loss(ranker(request)[0], request.label_BC)
+    error.backward()
+    learned = dict(ranker.named_parameters())
+    for name in CONTEXT_PARTS:
+        assert learned[name].grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("model", [model for model in HISTORIES if model != "no_history"])
+@torch.no_grad()
+def test_numbers_tags_and_vectors_decide_what_is_seen_of_the_history(tmp_path, model):
+    """Those of its items alone: the candidate is none of them, and stays as it is."""
+    apart = [replace(i, candidate_C=np.full(4, ITEMS), item_L=i.item_L % 30 + 1) for i in impressions(tmp_path)]
+    request, candidate = collate(apart), torch.tensor([ITEMS])
+    plain = context_ranker(model).eval()
+    for feature in ("price", "tags", "image"):
+        other = context_ranker(model).eval()
+        of_price, of_tags = (other.encoder.feature_MF[:31, columns] for columns in (slice(2, 3), slice(3, 6)))
+        if feature == "image":
+            other.encoder.vectors.table_MP[:31] *= -1
+        else:
+            changed = of_price if feature == "price" else of_tags
+            changed.copy_((changed + 1) % 4)
+        assert torch.equal(other.encoder(candidate), plain.encoder(candidate))
+        assert (other(request)[0] - plain(request)[0]).abs().max() > 1e-4, feature
+
+
+def test_all_that_is_known_of_an_item_is_hidden_at_once(monkeypatch):
+    monkeypatch.setattr("models.ranker.UNKNOWN_SHARE", 1.0)
+    encoder = context_ranker().encoder.train()
+    torch.manual_seed(0)
+    item = torch.arange(ITEMS + 1)
+    feature = encoder.features(item)
+    hidden = (feature == 0).all(dim=1)
+    assert (feature[:, 0] == 0).all()
+    assert 10 < hidden.sum() < 31
+    # Of the others all is there, the vectors included.
+    assert torch.equal(feature[~hidden, 1:-1], encoder.feature_MF[~hidden, 1:])
+    assert torch.equal(feature[~hidden, -1], item[~hidden])
+    unknown = encoder.eval()(torch.tensor([0]))[0]
+    torch.testing.assert_close(encoder.encode(feature)[hidden], unknown.expand(int(hidden.sum()), -1))
+    # To the unknown item, a vector adds nothing.
+    torch.testing.assert_close(unknown, encoder.of_rows(torch.zeros(1, 6, dtype=torch.int64))[0])

@@ -48,7 +48,9 @@ def test_its_events_are_those_of_the_fault_tests(spark, tmp_path: Path) -> None:
     assert all(found[event][:4] == wanted[event][:4] for event in wanted)
     assert max(abs(found[event][4] - wanted[event][4]) for event in wanted) < 1e-6
     described = items(tmp_path / "log")
-    assert set(described["i0"]) == set(DATASETS["gitlog"].fields)
+    assert set(described["i0"]) == {*DATASETS["gitlog"].fields, "tags"}
+    assert described["i1"]["category"] == "HypothesisWorks+hypothesis:hypothesis/docs"
+    assert described["i1"]["tags"] == "hypothesis|docs"
 
 
 def test_the_fair_protocol_is_fair_on_a_million_commits_within_their_repositories() -> None:

@@ -34,6 +34,10 @@ FILES = {
 }
 
 
+def described(*features: str | None) -> dict:
+    return dict(zip(("category", "tags", "author", "video_type", "music", "duration"), features, strict=True))
+
+
 @pytest.mark.spark
 def test_the_three_logs_of_the_archive_are_one_log(spark, tmp_path: Path) -> None:
     # The archive has its files in a folder `data`.
@@ -49,9 +53,9 @@ def test_the_three_logs_of_the_archive_are_one_log(spark, tmp_path: Path) -> Non
         ("7", "11", 1650762000000): ("7-11-1650762000000", "impression"),
     }
     assert items(tmp_path / "log") == {
-        "11": {"category": "39", "tags": "39|6", "author": "501", "video_type": "NORMAL", "music": "31"},
-        "12": {"category": "12", "tags": "12", "author": "502", "video_type": "NORMAL", "music": "32"},
-        "13": {"category": None, "tags": None, "author": "501", "video_type": "AD", "music": "33"},
+        "11": described("39", "39|6", "501", "NORMAL", "31", "18000"),
+        "12": described("12", "12", "502", "NORMAL", "32", "18000"),
+        "13": described(None, None, "501", "AD", "33", None),
     }
 
 
@@ -77,6 +81,7 @@ def test_prior_items_keep_their_order_and_end_at_the_time_that_is_known(spark, t
         "video_type": ["NORMAL"] * 3,
         "music_id": [1, 2, 3],
         "tag": ["20,43", "2", None],
+        "video_duration": [18000.0, 5000.0, None],
     }
     for name, columns in (("prior_sequences", prior), ("tail_events", tail), ("items", video)):
         pq.write_table(pa.table(columns), tmp_path / f"kuairand_pure_{name}.parquet")
@@ -90,13 +95,7 @@ def test_prior_items_keep_their_order_and_end_at_the_time_that_is_known(spark, t
         ("4", "1", 1650812741436): ("4-1-1650812741436", "like"),
         ("4", "3", 1650812800000): ("4-3-1650812800000", "impression"),
     }
-    assert items(tmp_path / "log")["1"] == {
-        "category": "20",
-        "tags": "20|43",
-        "author": "71",
-        "video_type": "NORMAL",
-        "music": "1",
-    }
+    assert items(tmp_path / "log")["1"] == described("20", "20|43", "71", "NORMAL", "1", "18000.0")
 
 
 @pytest.mark.spark
