@@ -13,11 +13,12 @@ from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
 from feature_repo.reader import Reader
 from jobs.backfill import backfill
-from jobs.event_log import read_events
+from jobs.event_log import forgotten_here, read_events, tombstones, without_forgotten
 from jobs.parity import compare_rows
 from models.checkpoint import Checkpoint
 from models.errors import EventError
 from models.event import Event, parse, tombstone
+from models.forgotten import Forgotten, Request
 from models.row import Row, advance, new_row
 from models.wire import Stamp
 from pipelines.kafka_settings import kafka_settings
@@ -152,3 +153,28 @@ def test_training_sees_nothing_from_before_a_tombstone_or_of_an_older_epoch(
 
 def seen(spark, log: Path) -> set[str]:
     return {row["event_id"] for row in read_events(spark, log).collect()}
+
+
+def test_what_is_forgotten_is_left_out_wherever_a_request_covers_it(spark, tmp_path: Path) -> None:
+    (tmp_path / "key").write_bytes(bytes(32))
+    requests = {
+        "a": (Request(2, 0, 5, 1_000), Request(2, 0, 8, 2_000)),
+        "b": (Request(3, 0, 0, 1_000),),
+        "absent": (Request(2, 1, 9, 1_000),),
+    }
+    known = Forgotten(key_file=tmp_path / "key")
+    forgotten = replace(known, requests={known.hash(user_id): each for user_id, each in requests.items()})
+    places = [("a", 0, 8), ("a", 0, 9), ("a", 1, 3), ("b", 0, 70), ("c", 0, 1), (None, 0, 7)]
+    rows = [(2, partition, offset, f"{user}-{offset}", user) for user, partition, offset in places]
+    records = spark.createDataFrame(rows, "epoch int, partition int, offset long, event_id string, user_id string")
+
+    gone = forgotten_here(records, forgotten)
+
+    assert gone == {user_id: requests[user_id] for user_id in ("a", "b")}
+    left = without_forgotten(records, gone).select("user_id", "partition", "offset").collect()
+    assert sorted(map(tuple, left)) == [("a", 0, 9), ("a", 1, 3), ("c", 0, 1)]
+    # b's request is of a later epoch, in which nothing of this one counts.
+    (place,) = tombstones(spark, gone, 2).collect()
+    assert (place.user_id, place.partition, place.offset, place.value, place.log_time_ms) == ("a", 0, 8, None, 2_000)
+    assert forgotten_here(records, known) == {}
+    assert without_forgotten(records, {}).count() == len(places) - 1
