@@ -323,12 +323,10 @@ def test_of_a_forgotten_user_only_the_empty_row_is_right_and_what_comes_back_is_
     # The empty row holds writers back, and rankers read it.
     mine.read(store, users, tmp_path / "reads")
     assert by_verdict() == {STORE: {AGREES: 4}, READS: {AGREES: 4}}
-    # The request ends: the log has neither the id nor a row of it, and some read no row.
+    # The request ends: the log has neither the id nor a row of it, and no row is right. A copy of the store brings one
+    # back, and then one of the log an event.
     assert forget(where, GONE, 0, now_ms=now_ms).remains == []
     mine.read(store, [GONE], tmp_path / "reads")
-    assert by_verdict() == {STORE: {AGREES: 3}, READS: {AGREES: 5}}
-
-    # A copy of the store brings the row back, and one of the log an event.
     assert where.rows.put_rows(mine.checkpoint.checkpoint_id, [whole_put(GONE, old)]) == [True]
     mine.read(store, [GONE], tmp_path / "reads")
     assert by_verdict() == {STORE: {AGREES: 3}, READS: {AGREES: 5, EXTRA: 1}}
@@ -337,7 +335,6 @@ def test_of_a_forgotten_user_only_the_empty_row_is_right_and_what_comes_back_is_
     assert by_verdict(repair=True) == {STORE: {AGREES: 3, EXTRA: 1}, READS: {AGREES: 5, EXTRA: 1}}
     repaired = mine.stored_row(store, GONE)
     assert (repaired.count, repaired.stamp.offset, old.count > 0) == (0, request.offset, True)
-    assert by_verdict()[STORE] == {AGREES: 4}
 
     # Who comes back has a row that begins at the request, whoever makes it.
     back = replace(event, event_id="back", event_time_ms=event.event_time_ms + HOUR_MS)
