@@ -249,6 +249,8 @@ def _topic_holds(topic: UsersTopic, user_id: str) -> Iterator[Found]:
 
 def _topic_remedy(settings: dict[str, str], held: HeldRecords) -> str:
     through = f"once every stream and the ingest are past it, delete the partition's records up to {held.last_offset}"
+    if "delete" not in settings["cleanup.policy"]:
+        through += ", for which cleanup.policy has to have delete"
     if "compact" in settings["cleanup.policy"]:
         return f"compaction removes them after delete.retention.ms when their segment is closed; or {through}"
     retention_ms = int(settings["retention.ms"])

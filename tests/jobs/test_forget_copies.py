@@ -51,7 +51,9 @@ from tests.redis_server import running_redis
 from tests.small import small_checkpoint
 
 COMPACTED = {
-    "cleanup.policy": "compact",
+    # With the second one records may be deleted by name.
+    "cleanup.policy": "compact,delete",
+    "retention.ms": "-1",
     "segment.ms": "100",
     "min.cleanable.dirty.ratio": "0.001",
     "max.compaction.lag.ms": "100",
@@ -101,27 +103,32 @@ def copy_topic(broker: Broker, topic: str, log: Path) -> None:
     write_deltalake(log / "quarantine", pa.Table.from_pylist(bad))
 
 
-def filler(n: int) -> tuple[str, bytes]:
+def filler(n: int, partition: int) -> tuple[str, bytes]:
     """A record whose only use is that an earlier segment is closed."""
-    event = Event(event_id=f"f{n}", user_id="filler", item_id="i1", action="view", event_time_ms=1_600_000_000_000 + n)
+    event = Event(
+        event_id=f"f{n}", user_id=f"filler{partition}", item_id="i1", action="view", event_time_ms=1_600_000_000_000 + n
+    )
     return keyed([event])[0]
 
 
 def compact(broker: Broker, topic: str) -> None:
     """From now on, and at once. Events keyed by user are compacted only when everything else has read them."""
     named = ((ConfigResource.Type.TOPIC, topic, COMPACTED), (ConfigResource.Type.BROKER, "1", QUICKLY))
+    # Named: a client that is collected takes its questions with it.
+    admin = broker.admin()
     for kind, name, settings in named:
         entries = [ConfigEntry(n, v, incremental_operation=AlterConfigOpType.SET) for n, v in settings.items()]
         resource = ConfigResource(kind, name, incremental_configs=entries)
-        broker.admin().incremental_alter_configs([resource])[resource].result(30.0)
+        admin.incremental_alter_configs([resource])[resource].result(30.0)
 
 
 def delete_what_has_another_key(broker: Broker, topic: str) -> None:
     """What names the user under another's key is not compacted: records up to it are deleted."""
+    admin = broker.admin()
     places = [place for place, (_, value, _) in held(broker, topic).items() if value and WHO.encode() in value]
     for partition, offset in places:
         asked = TopicPartition(topic, partition, offset + 1)
-        broker.admin().delete_records([asked])[asked].result(30.0)
+        admin.delete_records([asked])[asked].result(30.0)
 
 
 def wait_for_compaction(broker: Broker, topic: str) -> None:
@@ -131,7 +138,7 @@ def wait_for_compaction(broker: Broker, topic: str) -> None:
     while any(key == WHO.encode() for key, _, _ in held(broker, topic).values()):
         assert time.monotonic() < deadline_s, "the broker does not compact"
         for partition in range(2):
-            broker.produce(topic, [filler(n)], partition=partition)
+            broker.produce(topic, [filler(n, partition)], partition=partition)
         n += 1
         time.sleep(1.0)
 
