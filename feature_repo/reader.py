@@ -32,7 +32,7 @@ from feature_repo.filling import Filling
 from feature_repo.kept_rows import Found, KeptRows
 from feature_repo.opened import Opened
 from feature_repo.reader_metrics import ReaderMetrics
-from feature_repo.store import RowStore, run_out
+from feature_repo.store import RowStore, require_filled, run_out
 from models.attention import CacheBatch
 from models.checkpoint import Checkpoint
 from models.dense_caches import DenseBatch, DenseCaches, compile_kernels
@@ -250,15 +250,10 @@ class Reader:
         return _fetched(batch, {user_ids[b]: REGRESSED for b in behind})
 
     def require_filled(self) -> None:
-        """Raises StoreError while the store holds nothing of the checkpoint, UnavailableError if it does not answer."""
+        """Raises as `feature_repo.store.require_filled`."""
         if self._begun:
             return
-        checkpoint_id = self.checkpoint.checkpoint_id
-        if not self.rows.progress(checkpoint_id).begun:
-            raise StoreError(
-                f"the online store holds neither a backfill nor positions of checkpoint {checkpoint_id}: it was "
-                "emptied, or never filled; run vql backfill"
-            )
+        require_filled(self.rows, self.checkpoint.checkpoint_id)
         self._begun = True
 
     def _forget(self, error: StoreError) -> None:

@@ -171,6 +171,15 @@ def run_out(steps: Generator[None, None, Result]) -> Result:
             return end.value
 
 
+def require_filled(rows: RowStore, checkpoint_id: str) -> None:
+    """Raises StoreError while the store holds nothing of the checkpoint, UnavailableError if it does not answer."""
+    if not rows.progress(checkpoint_id).begun:
+        raise StoreError(
+            f"the online store holds neither a backfill nor positions of checkpoint {checkpoint_id}: it was emptied, "
+            "or is another one; run vql backfill"
+        )
+
+
 def bind_topic(rows: RowStore, checkpoint_id: str, epoch: int, topic_id: str, partitions: int) -> None:
     """Make rows of this epoch from this Kafka topic, and from no other: one created again holds other records.
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from feature_repo.handle import StoreHandle
-from feature_repo.store import Backfill, RowStore
+from feature_repo.store import Backfill, RowStore, require_filled
 from jobs.releases.states import Entry, Releases, State, added, gated, promoted, retired, rolled_back, stepped
 from jobs.releases.table import Step, read_releases, record
 from models.checkpoint import Checkpoint, open_checkpoint
-from models.errors import CheckpointError, GateError, InputError, StoreError
+from models.errors import CheckpointError, GateError, InputError
 from models.files import replace_file
 
 if TYPE_CHECKING:
@@ -140,9 +140,6 @@ def checkpoint_of(entry: Entry) -> Checkpoint:
 
 def _filled(changes: list, rows: RowStore) -> list:
     """These changes, the last of which needs rows of its checkpoint."""
-    if changes and not rows.progress(changes[-1].checkpoint_id).begun:
-        raise StoreError(
-            f"the online store holds neither a backfill nor positions of checkpoint {changes[-1].checkpoint_id}: it "
-            "was emptied, or is another one; run vql backfill"
-        )
+    if changes:
+        require_filled(rows, changes[-1].checkpoint_id)
     return changes

@@ -36,18 +36,17 @@ class Version(NamedTuple):
 class LiveScorer:
     """`scorer` is the live one; `look` swaps it. Reading it is safe from any thread.
 
-    load: from a checkpoint's directory to a scorer that is warm. named: version_of or shadow_version.
+    load: from a checkpoint's directory to a scorer that is warm. state: of the release to follow, where the path
+    is a table of them.
     Raises CheckpointError, or what `load` raises, when there is no first one.
     """
 
-    def __init__(
-        self, path: Path, load: Callable[[Path], Scorer], named: Callable[[Path], Version] | None = None
-    ) -> None:
+    def __init__(self, path: Path, load: Callable[[Path], Scorer], state: State = State.LIVE) -> None:
         # A scorer that was swapped out is not closed: a batch may still use it. Its threads and connections end when
         # the last such batch lets it go.
-        self._path, self._load, self._named = path, load, named or version_of
+        self._path, self._load, self._state = path, load, state
         self._turn = threading.Lock()
-        self._seen = self._named(path)
+        self._seen = version_of(path, state)
         self.scorer = self._loaded(self._seen)
         self.problem: str | None = None
         structlog.get_logger().info("checkpoint loaded", checkpoint_id=self.scorer.checkpoint_id)
@@ -56,7 +55,7 @@ class LiveScorer:
         """Whether the scorer was swapped. What cannot be loaded is logged and tried again at the next look."""
         with self._turn:
             try:
-                version = self._named(self._path)
+                version = version_of(self._path, self._state)
                 if version == self._seen:
                     self.problem = None
                     return False
@@ -64,7 +63,7 @@ class LiveScorer:
                 # A checkpoint is backfilled before it goes live: without rows, every user would lose the history.
                 fresh.reader.require_filled()
                 # Files that changed meanwhile may be read half from each state.
-                if self._named(self._path) != version:
+                if version_of(self._path, self._state) != version:
                     return False
             except (VqlError, OSError) as error:
                 if str(error) != self.problem:
@@ -85,26 +84,18 @@ class LiveScorer:
         return scorer
 
 
-def version_of(path: Path) -> Version:
+def version_of(path: Path, state: State = State.LIVE) -> Version:
     """The directory that the path names, and the times and inodes of what tells one state of it from another.
 
-    Raises CheckpointError for a path that names none, StoreError for a table of releases that cannot be read.
+    Of a table of releases, the newest one in this state. Raises CheckpointError for a path that names none, StoreError
+    for a table that cannot be read.
     """
     if not is_releases(path):
         return _version(path)
-    release = newest_release(path, State.LIVE)
+    release = newest_release(path, state)
     if release is None:
-        raise CheckpointError(f"none of the releases {path} is live; run vql release promote")
-    return _version(Path(release.path), release.checkpoint_id)
-
-
-def shadow_version(path: Path) -> Version:
-    """The same of what is to be scored beside the live one: of releases, the newest that is shadow."""
-    if not is_releases(path):
-        return _version(path)
-    release = newest_release(path, State.SHADOW)
-    if release is None:
-        raise CheckpointError(f"none of the releases {path} is shadow")
+        remedy = "; run vql release promote" if state is State.LIVE else ""
+        raise CheckpointError(f"none of the releases {path} is {state}{remedy}")
     return _version(Path(release.path), release.checkpoint_id)
 
 

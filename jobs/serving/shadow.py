@@ -19,9 +19,10 @@ from zlib import crc32
 import numpy as np
 import structlog
 
+from jobs.releases.states import State
 from jobs.scoring import Asked, Scorer
 from jobs.serving.batches import Ranked
-from jobs.serving.live import LOOK_EVERY_S, LiveScorer, shadow_version
+from jobs.serving.live import LOOK_EVERY_S, LiveScorer, version_of
 from jobs.serving.metrics import ServeMetrics
 from models.errors import VqlError
 
@@ -89,11 +90,11 @@ class Shadow:
         """Follow what is in shadow; where nothing is, or it cannot be used, ask nothing."""
         try:
             if self._live is None:
-                live = LiveScorer(self._plan.path, self._load, shadow_version)
+                live = LiveScorer(self._plan.path, self._load, State.SHADOW)
                 live.scorer.reader.require_filled()
                 self._live = live
             else:
-                shadow_version(self._plan.path)
+                version_of(self._plan.path, State.SHADOW)
                 self._live.look()
             self._problem = ""
         except (VqlError, OSError) as error:
