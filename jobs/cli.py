@@ -29,9 +29,11 @@ from jobs.cli_options import (
     HALF_LIVES,
     LOCAL,
     CheckpointPath,
+    Codebook,
     Counted,
     CountHalfLives,
     HalfLives,
+    ItemsVersion,
     Log,
     Master,
     MaxFuture,
@@ -41,6 +43,7 @@ from jobs.cli_options import (
     State,
     Tags,
     Vector,
+    WarmStart,
     choice,
     declared,
     offsets,
@@ -215,6 +218,7 @@ def train(
     ] = "0",
     seed: int = 0,
     log_version: Annotated[int | None, typer.Option(help="Delta version of the log to read; newest if absent.")] = None,
+    items_version: ItemsVersion = None,
     before_ms: Annotated[
         int | None,
         typer.Option(help="Train on events before this time alone, Unix ms: vql release gate needs later ones."),
@@ -223,10 +227,13 @@ def train(
     device: Annotated[
         str, typer.Option(help="cpu, or cuda: a GPU, with the products outside of attention in bfloat16.")
     ] = "cpu",
+    warm_start: WarmStart = None,
+    codebook: Codebook = "relearn",
     master: Master = LOCAL,
 ) -> None:
     """Train a model on the log and write a checkpoint. After a kill, the same command continues."""
     from jobs.baskets import ExamplePlan
+    from jobs.parents import parent_of
     from jobs.spark import open_spark
     from jobs.train import (
         NEWEST,
@@ -241,6 +248,9 @@ def train(
     )
     from models.checkpoint import Sizes
 
+    frozen = choice("--codebook", codebook, ("relearn", "freeze")) == "freeze"
+    if frozen and warm_start is None:
+        raise InputError("--codebook freeze needs a codebook: --warm-start names the checkpoint that has it")
     half_lives = parse_half_lives(half_life)
     numbers = {"groups": groups, "codewords": codewords, "window": window}
     numbers["newest"] = min(NEWEST, window) if newest is None else newest
@@ -263,6 +273,8 @@ def train(
         category_code=category_code or UNSET,
         device=UNSET if device == "cpu" else device,
         context=declared(number, tags, vector),
+        items_version=items_version,
+        parent=UNSET if warm_start is None else parent_of(Path(warm_start), frozen),
     )
     check_job(job, checkpoint)
     made = run_training(open_spark(master), job, work, checkpoint, processes)

@@ -34,6 +34,18 @@ HalfLives = Annotated[
 NewestHalfLives = Annotated[
     list[str], typer.Option(help="Of the newest, as --half-life has them. Absent: 1h, 6h, 1d, 7d by turns.")
 ]
+ItemsVersion = Annotated[
+    int | None, typer.Option(help="Delta version of the log's items to read; newest if absent, as of the log.")
+]
+WarmStart = Annotated[
+    str | None, typer.Option(metavar="PATH", help="A checkpoint whose parameters the training begins with.")
+]
+Codebook = Annotated[
+    str,
+    typer.Option(
+        help="What becomes of its codebook: relearn (as a first training does), or freeze (it stays as it is)."
+    ),
+]
 Number = Annotated[list[str], typer.Option(help="A numeric item feature to use, from vql ingest-items; repeatable.")]
 Tags = Annotated[list[str], typer.Option(help="An item feature of tags, with | between or in an array; repeatable.")]
 Vector = Annotated[
