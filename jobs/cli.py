@@ -48,6 +48,7 @@ from jobs.cli_options import (
     declared,
     offsets,
     pairs,
+    path_or_url,
 )
 from jobs.cli_release import app as release
 from jobs.cli_serve import serve
@@ -179,8 +180,18 @@ def ingest_items(
 @app.command()
 def train(
     log: Log,
-    checkpoint: Annotated[Path, typer.Option(resolve_path=True, help="Where to write the checkpoint.")],
-    work: Annotated[Path, typer.Option(resolve_path=True, help="Folder for examples and state; resumed from.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="Where to write the checkpoint. A URL's training can be gone on with by another machine.",
+        ),
+    ],
+    work: Annotated[
+        Path,
+        typer.Option(resolve_path=True, help="Folder for examples and state, seen by executors too; resumed from."),
+    ],
     model: Annotated[
         str, typer.Option(help=f"One of {', '.join(MODELS)}; a rival with +counts is given exact ones.")
     ] = "vql",
@@ -231,7 +242,11 @@ def train(
     codebook: Codebook = "relearn",
     master: Master = LOCAL,
 ) -> None:
-    """Train a model on the log and write a checkpoint. After a kill, the same command continues."""
+    """Train a model on the log and write a checkpoint. After a kill, the same command continues.
+
+    Spark makes the examples, on any master; the training itself runs on the driver's machine. The same log and items
+    versions, seed and parent give the same checkpoint. spark-submit jobs/cli.py train ... does the same, on its master.
+    """
     from jobs.baskets import ExamplePlan
     from jobs.parents import parent_of
     from jobs.spark import open_spark
@@ -244,8 +259,8 @@ def train(
         parse_delay_ms,
         parse_half_lives,
         parse_newest_half_lives,
-        run_training,
     )
+    from jobs.training_store import train_to, work_of
     from models.checkpoint import Sizes
 
     frozen = choice("--codebook", codebook, ("relearn", "freeze")) == "freeze"
@@ -274,10 +289,10 @@ def train(
         device=UNSET if device == "cpu" else device,
         context=declared(number, tags, vector),
         items_version=items_version,
-        parent=UNSET if warm_start is None else parent_of(Path(warm_start), frozen),
+        parent=UNSET if warm_start is None else parent_of(warm_start, frozen),
     )
-    check_job(job, checkpoint)
-    made = run_training(open_spark(master), job, work, checkpoint, processes)
+    check_job(job, Path(checkpoint))
+    made = train_to(open_spark(master), job, work_of(job, work, checkpoint), checkpoint, processes)
     loss = made.manifest.metrics["train_loss"]
     say(f"checkpoint {made.checkpoint_id} in {checkpoint}, training loss {loss:.4f}")
 
@@ -285,7 +300,12 @@ def train(
 @app.command("encode-items")
 def encode_items(
     checkpoint: Annotated[
-        Path, typer.Option(resolve_path=True, help="A checkpoint, or a table of releases: all that are not retired.")
+        Path,
+        typer.Option(
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="A checkpoint, or a table of releases: all that are not retired.",
+        ),
     ],
     log: Log,
     master: Master = LOCAL,
@@ -296,6 +316,14 @@ def encode_items(
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
 
+    if isinstance(checkpoint, str):
+        from jobs.checkpoint_store import fetch_checkpoint, put_items
+
+        path = fetch_checkpoint(checkpoint)
+        added, total = run(open_spark(master), open_checkpoint(path), log)
+        put_items(path, checkpoint)
+        say(f"{added:,} items added; the table holds {total:,}")
+        return
     paths = checkpoint_paths(checkpoint)
     for path in paths:
         added, total = run(open_spark(master), open_checkpoint(path), log)
