@@ -141,7 +141,7 @@ def fetch_checkpoint(url: str) -> Path:
 
 
 def put_items(folder: Path, url: str) -> None:
-    """Copy the item table there, its index last. Raises MismatchError if it has grown there by other items meanwhile."""
+    """Copy the item table there, its index last. Raises MismatchError if it has grown there by others meanwhile."""
     there, index = Remote(url), read_index(folder / "items")
     theirs = _index(there.read(ITEMS), url)
     known = [] if theirs is None else theirs.segments

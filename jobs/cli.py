@@ -240,6 +240,9 @@ def train(
     ] = "cpu",
     warm_start: WarmStart = None,
     codebook: Codebook = "relearn",
+    track: Annotated[
+        str, typer.Option(help="none, or mlflow: settings and figures go to MLFLOW_TRACKING_URI.")
+    ] = "none",
     master: Master = LOCAL,
 ) -> None:
     """Train a model on the log and write a checkpoint. After a kill, the same command continues.
@@ -249,7 +252,9 @@ def train(
     """
     from jobs.baskets import ExamplePlan
     from jobs.parents import parent_of
+    from jobs.releases.table import live_path
     from jobs.spark import open_spark
+    from jobs.tracking import tracked, tracker
     from jobs.train import (
         NEWEST,
         TrainJob,
@@ -289,10 +294,13 @@ def train(
         device=UNSET if device == "cpu" else device,
         context=declared(number, tags, vector),
         items_version=items_version,
-        parent=UNSET if warm_start is None else parent_of(warm_start, frozen),
+        parent=UNSET if warm_start is None else parent_of(live_path(warm_start), frozen),
     )
     check_job(job, Path(checkpoint))
-    made = train_to(open_spark(master), job, work_of(job, work, checkpoint), checkpoint, processes)
+    run, folder = tracker(track), work_of(job, work, checkpoint)
+    made = tracked(
+        run, job, lambda: train_to(open_spark(master), job, folder, checkpoint, processes), folder, processes
+    )
     loss = made.manifest.metrics["train_loss"]
     say(f"checkpoint {made.checkpoint_id} in {checkpoint}, training loss {loss:.4f}")
 

@@ -72,7 +72,7 @@ WarmStart = Annotated[
     typer.Option(
         parser=resolved_checkpoint_path,
         metavar="PATH|URL",
-        help="A checkpoint whose parameters the training begins with.",
+        help="A checkpoint whose parameters the training begins with; of a table of releases, the live one.",
     ),
 ]
 Codebook = Annotated[

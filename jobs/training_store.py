@@ -63,7 +63,7 @@ def train_to(spark: SparkSession, job: TrainJob, work: Path, destination: Path |
 
 
 def _fetch_missing(kept: Remote, names: list[str], work: Path) -> None:
-    """What another machine left and this one has not; the state last, so that a kill leaves none that lacks the rest."""
+    """What another machine left and this one has not; the state last: after a kill none lacks the rest."""
     own_state = any(work.glob("*/state.pt"))
     for name in sorted(names, key=lambda name: name.endswith("/state.pt")):
         if not (work / name).exists() and not (own_state and "/" in name):
