@@ -1,4 +1,4 @@
-"""A training to a URL goes on on another machine where the last one was killed, and leaves the checkpoint alone there."""
+"""A training to a URL goes on elsewhere where it was killed, and leaves nothing but the checkpoint there."""
 
 from __future__ import annotations
 
