@@ -22,7 +22,7 @@ from pyspark.sql import SparkSession
 from jobs.checkpoint_store import Remote, fetch_checkpoint, holds_checkpoint, put_checkpoint
 from jobs.train import TrainJob, digest, placeless, run_training
 from models.checkpoint import Checkpoint
-from models.errors import InputError, VqlError
+from models.errors import InputError
 from models.files import FileVersion, file_version
 
 # In the order in which they are written there. A state needs what was written before it: it is linked first, so that
@@ -95,9 +95,11 @@ class _Copies:
             begun_s = time.monotonic()
             try:
                 self.copy()
-            except (VqlError, OSError) as error:
-                # The training goes on: what is lost is what could have been gone on from.
-                structlog.get_logger().warning("the state of the training is not copied", error=str(error))
+            except Exception as error:
+                # Whatever it is, the training goes on: what is lost is what could have been gone on from.
+                structlog.get_logger().warning(
+                    "the state of the training is not copied", error=f"{type(error).__name__}: {error}"
+                )
             wait_s = max(LOOK_EVERY_S, (time.monotonic() - begun_s) * (1 / COPYING_SHARE - 1))
 
     def copy(self) -> None:
