@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
@@ -24,7 +25,9 @@ from feature_repo.patient_rows import PatientRows
 from feature_repo.store import RowStore, whole_puts
 from models.checkpoint import open_checkpoint
 from models.errors import MismatchError, TableBehindError
+from models.item_table import UNKNOWN
 from models.row import Row, advance_users, new_row
+from models.text_index import TextIndex
 from models.wire import Stamp, pack_recent
 
 # A put is a burst of work for the store, for which its readers wait: few rows.
@@ -109,44 +112,39 @@ def fold_users(
     A tombstone is a row of nulls: it becomes a record of weight 0, and erases what came before.
     """
     using = opened.fold
+    items = TextIndex(using.table.index)
+    actions = TextIndex({action: i for i, action in enumerate(opened.checkpoint.manifest.actions)})
     position = Stamp(epoch=epoch, partition=0, offset=-1)
     nobody = lru_cache(lambda partition: new_row(using.spec, epoch, partition, revision))
     last: tuple[str, Row] | None = None
     for batch in batches:
         if batch.num_rows == 0:
             continue
-        users = batch["user_id"].dictionary_encode()
-        user_ids = users.dictionary.to_pylist()
-        end_U = np.flatnonzero(np.diff(users.indices.to_numpy(), append=-1)) + 1
+        runs = pc.run_end_encode(batch["user_id"])
+        user_ids, end_U = runs.values.to_pylist(), runs.run_ends.to_numpy().astype(np.int64)
         rows = [nobody(partition) for partition in batch["partition"].to_numpy()[end_U - 1].tolist()]
         if last is not None:
             if last[0] == user_ids[0]:
                 rows[0] = last[1]
             else:
                 yield last
-        advanced = advance_users(rows, _records(batch, opened), end_U, position, using).rows
+        advanced = advance_users(rows, _records(batch, items, actions), end_U, position, using).rows
         *whole, last = zip(user_ids, advanced, strict=True)
         yield from whole
     if last is not None:
         yield last
 
 
-def _records(batch: pa.RecordBatch, opened: Opened) -> np.ndarray:
-    """The batch's events as the records of a row; ids and actions are looked up once for each that occurs."""
-    lookup, action_index = opened.loaded.table.lookup, opened.checkpoint.action_index
+def _records(batch: pa.RecordBatch, items: TextIndex, actions: TextIndex) -> np.ndarray:
+    """The batch's events as the records of a row; action 0 is "other"."""
     return pack_recent(
         batch["offset"].to_numpy(),
         batch["event_time_ms"].fill_null(0).to_numpy(),
-        _looked_up(batch["action"], action_index),
-        _looked_up(batch["item_id"], lookup),
+        actions.find(batch["action"], otherwise=0),
+        items.find(batch["item_id"], otherwise=UNKNOWN),
         batch["weight"].fill_null(0.0).to_numpy(),
         batch["event_hash"].fill_null(0).to_numpy(),
     )
-
-
-def _looked_up(text_N: pa.Array, lookup: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
-    encoded = text_N.dictionary_encode("encode")
-    return lookup(encoded.dictionary.to_pylist())[encoded.indices.to_numpy()]
 
 
 class RowWriter:

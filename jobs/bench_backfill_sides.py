@@ -24,13 +24,13 @@ from feature_repo.opened import Opened
 from feature_repo.store import whole_puts
 from jobs.backfill_task import ROWS_PER_PUT, fold_users
 from jobs.bench_load import ACTIONS, ITEMS, random_history
+from jobs.spark import EVENTS_PER_BATCH
 from models.cache import empty, fold
 from models.checkpoint import Checkpoint, open_checkpoint
 from models.row import Fold, advance, encode_row, new_row
 from models.wire import Stamp, pack_recent, recent_actions, recent_times
 
 EPOCH = 1
-BATCH = 50_000
 EVENTS_PER_FILE = 1_000_000
 END_MS = 1_700_000_000_000
 LOG = pa.schema(
@@ -75,7 +75,7 @@ def arrow_batches(records: np.ndarray, length: int) -> list[pa.RecordBatch]:
             "event_hash": offset_N,
         }
     )
-    return [table.slice(start, BATCH) for start in range(0, len(records), BATCH)]
+    return [table.slice(start, EVENTS_PER_BATCH) for start in range(0, len(records), EVENTS_PER_BATCH)]
 
 
 def task_fold(opened: Opened, batches: list[pa.RecordBatch]) -> None:

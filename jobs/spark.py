@@ -31,6 +31,8 @@ from models.errors import (
 LOCAL = "local[2]"
 # spark-submit has started this process: its master, memory and classpath hold, unless another master is named.
 SUBMITTED = "PYSPARK_GATEWAY_PORT"
+# An id is looked up once for each batch that it occurs in.
+EVENTS_PER_BATCH = 100_000
 LOG4J = Path(__file__).with_name("log4j2.properties").as_uri()
 # pyspark has classes for some of what the Java side throws; the rest comes as py4j's.
 SPARK_ERRORS = (PySparkException, Py4JJavaError)
@@ -64,8 +66,7 @@ def open_spark(
         "spark.sql.adaptive.coalescePartitions.parallelismFirst": "false",
         # pandas writes nanosecond timestamps, which Spark reads only as integers.
         "spark.sql.legacy.parquet.nanosAsLong": "true",
-        # An id is looked up once for each batch that it occurs in.
-        "spark.sql.execution.arrow.maxRecordsPerBatch": "50000",
+        "spark.sql.execution.arrow.maxRecordsPerBatch": str(EVENTS_PER_BATCH),
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": str(stage_bars and sys.stderr.isatty()).lower(),
     }

@@ -104,7 +104,9 @@ def _swap_shared():
 
 # copy(to, source, size_bytes); prefetch(address): it will be read soon, wherever it is
 copy, prefetch = _copy(), _prefetch()
-load_u16, load_u32, load_u64 = _load(types.uint16), _load(types.uint32), _load(types.uint64)
+load_u8, load_u16, load_u32, load_u64 = (
+    _load(each) for each in (types.uint8, types.uint16, types.uint32, types.uint64)
+)
 load_i64, load_f32 = _load(types.int64), _load(types.float32)
 load_i32 = _load(types.int32)
 # Of whole numbers (int64, aligned) that several threads use: what was written before a store_shared is seen by who
