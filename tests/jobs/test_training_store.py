@@ -108,5 +108,8 @@ def test_a_machine_keeps_its_own_state_and_takes_the_pinned_versions(tmp_path: P
     _fetch_missing(kept, kept.names(), work)
     assert (work / "pinned-1.json").read_text() == "theirs"
     assert [path.read_text() for path in (work / "vql-1").iterdir()] == ["own"]
+    (work / "pinned-1.json").write_text("own")
+    _fetch_missing(kept, kept.names(), work)
+    assert (work / "pinned-1.json").read_text() == "own"
     _fetch_missing(kept, kept.names(), tmp_path / "new")
     assert (tmp_path / "new" / "vql-1" / "state.pt").read_text() == "theirs"
