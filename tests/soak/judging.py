@@ -66,19 +66,21 @@ class Truth:
 
 @dataclass(kw_only=True)
 class Judged:
-    """histories: users' reads by what they were made from. faults: how many of each kind, and examples."""
+    """histories: users' reads by what they were made from. faults: how many of each kind, examples, and of whom."""
 
     answers: int = 0
     histories: Counter[str] = field(default_factory=Counter)
     by_checkpoint: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
+    users: dict[str, set[str]] = field(default_factory=dict)
     worst: float = 0.0
 
-    def fault(self, kind: str, answer: Answer, *facts: object) -> None:
+    def fault(self, kind: str, answer: Answer, users: Sequence[str], *facts: object) -> None:
         self.faults[kind] += 1
+        self.users.setdefault(kind, set()).update(users)
         if self.faults[kind] <= EXAMPLES:
-            self.examples.append(f"{kind}: ranker {answer.ranker}, {answer.checkpoint_id[:8]}, {answer.users}, {facts}")
+            self.examples.append(f"{kind}: ranker {answer.ranker}, {answer.checkpoint_id[:8]}, {users}, {facts}")
 
 
 def states(
@@ -148,7 +150,7 @@ def _judge_checkpoints(answers: Sequence[Answer], flips: Sequence[Flip], judged:
             possible = range(first, bisect_right(begun_s, answer.received_s))
             by = [n for n in possible if flips[n].checkpoint_id == answer.checkpoint_id]
             if not by:
-                judged.fault(WRONG_CHECKPOINT, answer, [flips[n].checkpoint_id[:8] for n in possible])
+                judged.fault(WRONG_CHECKPOINT, answer, answer.users, [flips[n].checkpoint_id[:8] for n in possible])
             elif by[0] > followed[-1]:
                 known_s.append(answer.received_s)
                 followed.append(by[0])
@@ -181,7 +183,7 @@ def _judge_reads(
                 known.append(int(fits[0]))
             continue
         others = [scores[user_id] for other, scores in truth.score_SC.items() if other != checkpoint_id]
-        judged.fault(_kind(history, error_S, end, answer.score_UC[n], others), answer, user_id, history, (first, end))
+        judged.fault(_kind(history, error_S, end, answer.score_UC[n], others), answer, [user_id], history, (first, end))
 
 
 def _kind(history: str, error_S: np.ndarray, end: int, score_C: np.ndarray, others: Sequence[np.ndarray]) -> str:

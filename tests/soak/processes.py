@@ -31,11 +31,20 @@ class Place:
     folder: Path
     environment: Mapping[str, str]
     kills: Counter[str] = field(default_factory=Counter)
+    _started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, name: str, arguments: Sequence[object]) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "jobs.cli", *map(str, arguments)]
         with self.output(name).open("ab") as out:
-            return subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=out, stderr=out)
+            process = subprocess.Popen(command, cwd=self.folder, env=self.environment, stdout=out, stderr=out)
+        self._started = [each for each in self._started if each.poll() is None] + [process]
+        return process
+
+    def kill_all(self) -> None:
+        """Whatever still runs."""
+        for process in self._started:
+            if process.poll() is None:
+                kill(process)
 
     def output(self, name: str) -> Path:
         return self.folder / f"{name}.out"
@@ -80,13 +89,9 @@ class Steps:
         """The context is entered while the command runs and `when` is true, and left when the command is done."""
         name = _name(arguments)
         process = self._until(name, arguments, when)
-        try:
-            assert process.poll() is None, f"ended with {process.returncode}:\n{self.place.said(name)}"
-            yield
-            code = process.wait(COMMAND_WAIT_S)
-        finally:
-            if process.poll() is None:
-                kill(process)
+        assert process.poll() is None, f"ended with {process.returncode}:\n{self.place.said(name)}"
+        yield
+        code = process.wait(COMMAND_WAIT_S)
         assert code in (0, STORE_AWAY), f"exit code {code}:\n{self.place.said(name)}"
         if code == STORE_AWAY:
             self.run(*arguments)
@@ -159,16 +164,8 @@ class Part:
     def end(self) -> None:
         """In good order; it says so by its exit code."""
         self._process.terminate()
-        try:
-            code = self._process.wait(TERM_WAIT_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            raise
+        code = self._process.wait(TERM_WAIT_S)
         assert code == 0, f"{self.name} ended with {code}:\n{self._place.said(self.name)}"
-
-    def kill(self) -> None:
-        if self._process.poll() is None:
-            kill(self._process)
 
 
 class Killer:

@@ -6,11 +6,13 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+import pytest
 
 from feature_repo.handle import StoreHandle
 from feature_repo.opened import Opened
@@ -72,12 +74,16 @@ class Scene:
     def on_cluster(self) -> list[object]:
         return ["--log", self.log, "--master", self.cluster.master]
 
+    @property
+    def locally(self) -> list[object]:
+        return ["--log", self.log]
+
     def checkpoint(self, name: str) -> Checkpoint:
         return open_checkpoint(self.folder / name)
 
-    def ingest(self) -> None:
+    def ingest(self, spark: Sequence[object]) -> None:
         """The topic into the log, up to its end as of now."""
-        self.steps.run("ingest", "--from", "kafka", "--topic", TOPIC, *self.on_cluster)
+        self.steps.run("ingest", "--from", "kafka", "--topic", TOPIC, *spark)
 
     def stream(self, name: str) -> Part:
         """The stream of a checkpoint."""
@@ -146,6 +152,9 @@ def running_scene(folder: Path, broker: Broker) -> Iterator[Scene]:
     for name in ("redis", "cluster", "state"):
         (folder / name).mkdir()
     with ExitStack() as ending:
+        environment = ending.enter_context(pytest.MonkeyPatch.context())
+        # Each of the many programs lasts for seconds: Java's second compiler would only take their time.
+        environment.setenv("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
         store = ending.enter_context(running_redis(folder / "redis", PERSISTENT))
         cluster = ending.enter_context(running_cluster(folder / "cluster", memory_mb=EXECUTOR_MB))
         broker.create_topic(TOPIC, PARTITIONS)
@@ -153,12 +162,13 @@ def running_scene(folder: Path, broker: Broker) -> Iterator[Scene]:
         settings = {
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
-            "SPARK_SUBMIT_OPTS": "-XX:TieredStopAtLevel=1",
+            "VQL_DRIVER_MEMORY": "1g",
             "VQL_REDIS_URL": store.url,
             "VQL_KAFKA_BOOTSTRAP_SERVERS": broker.address,
             "VQL_USER_HASH_KEY": KEY,
         }
         place = Place(folder=folder, environment=os.environ | cluster.environment | settings, kills=Counter())
+        ending.callback(place.kill_all)
         rows = RedisRows(RedisSettings(url=store.url))
         ending.callback(rows.close)
         yield Scene(folder=folder, broker=broker, store=store, cluster=cluster, place=place, rows=rows)

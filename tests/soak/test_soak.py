@@ -14,7 +14,7 @@ import os
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,17 +76,19 @@ class Soak:
     flips: list[Flip] = field(default_factory=list)
     cuts: dict[str, Backfill] = field(default_factory=dict)
 
-    def prepare(self, name: str, seed: int, before_ms: int, do: Callable[..., object]) -> Checkpoint:
-        """From the topic as it is now to a release whose rows are there."""
+    def prepare(
+        self, name: str, seed: int, before_ms: int, do: Callable[..., object], spark: Sequence[object]
+    ) -> Checkpoint:
+        """From the topic as it is now to a release whose rows are there. spark: options of jobs."""
         scene, path = self.scene, self.scene.folder / name
-        scene.ingest()
+        scene.ingest(spark)
         which = ["--seed", seed, "--before-ms", before_ms]
-        do("train", "--checkpoint", path, "--work", scene.folder / f"work-{name}", *TRAINING, *which, *scene.on_cluster)
-        scene.steps.run("encode-items", "--checkpoint", path, *scene.on_cluster)
+        do("train", "--checkpoint", path, "--work", scene.folder / f"work-{name}", *TRAINING, *which, *spark)
+        scene.steps.run("encode-items", "--checkpoint", path, *spark)
         do("release", "add", path, "--releases", scene.releases)
         judged = ["--margin", MARGIN, "--work", scene.folder / "gate"]
-        do("release", "gate", path, "--releases", scene.releases, *judged, *scene.on_cluster)
-        do("release", "backfill", path, "--releases", scene.releases, "--state", scene.state, *scene.on_cluster)
+        do("release", "gate", path, "--releases", scene.releases, *judged, *spark)
+        do("release", "backfill", path, "--releases", scene.releases, "--state", scene.state, *spark)
         checkpoint = scene.checkpoint(name)
         done = scene.patiently(lambda: scene.rows.backfill(checkpoint.checkpoint_id))
         assert done is not None
@@ -167,7 +169,6 @@ def soaking(scene: Scene, seed: int) -> Iterator[Soak]:
         telling = Telling(scene.broker.address, "shopping", shoppers)
         ending.callback(telling.end)
         killer = Killer(random.Random(seed + 1), KILL_EVERY_S, scene.place.kills)
-        ending.callback(lambda: [part.kill() for part in killer.parts])
         ending.callback(killer.end)
         reading = Reading(ports, shoppers.questions(), now_ms, seed=seed + 2, pause_s=PAUSE_S)
         ending.callback(reading.end)
@@ -208,10 +209,9 @@ def release_the_first(soak: Soak) -> tuple[Checkpoint, dict[str, Part]]:
     """In peace: it is trained, judged, backfilled, streamed, promoted."""
     scene, steps = soak.scene, soak.scene.steps
     soak.telling.tell(soak.telling.shoppers.history())
-    scene.ingest()
     source = write_rows(scene.folder / "items.parquet", items())
-    steps.run("ingest-items", "--input", source, "--column", "category=category", *scene.on_cluster)
-    first = soak.prepare("v1", 1, soak.begin_ms + 6 * DAY_MS, steps.run)
+    steps.run("ingest-items", "--input", source, "--column", "category=category", *scene.locally)
+    first = soak.prepare("v1", 1, soak.begin_ms + 6 * DAY_MS, steps.run, scene.locally)
     streams = {first.checkpoint_id: scene.stream("v1")}
     soak.killer.add(streams[first.checkpoint_id])
     for step in ("shadow", "promote"):
@@ -236,7 +236,7 @@ def begin_reading(soak: Soak) -> list[Part]:
 def release_the_second(soak: Soak, first: Checkpoint, streams: dict[str, Part]) -> Checkpoint:
     """Under fire, and back, and again."""
     scene = soak.scene
-    second = soak.prepare("v2", 2, soak.begin_ms + 9 * DAY_MS, soak.do_under_fire)
+    second = soak.prepare("v2", 2, soak.begin_ms + 9 * DAY_MS, soak.do_under_fire, scene.on_cluster)
     streams[second.checkpoint_id] = scene.stream("v2")
     soak.killer.add(streams[second.checkpoint_id])
     shadow = ["release", "shadow", second.checkpoint_id, "--releases", scene.releases, "--state", scene.state]
@@ -271,7 +271,7 @@ def settle(soak: Soak, *checkpoints: Checkpoint) -> None:
     scene = soak.scene
     soak.telling.end()
     told = soak.telling.told
-    scene.ingest()
+    scene.ingest(scene.on_cluster)
     for checkpoint in checkpoints:
         scene.patiently(lambda checkpoint=checkpoint: scene.wait_until_streamed(checkpoint.checkpoint_id, len(told)))
         found = scene.patiently(lambda checkpoint=checkpoint: scene.parity(checkpoint))
