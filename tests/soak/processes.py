@@ -20,7 +20,7 @@ from tests.jobs.processes import kill
 STORE_AWAY = 5
 TRIES = 20
 COMMAND_WAIT_S = 600.0
-TERM_WAIT_S = 120.0
+BEGIN_WAIT_S, TERM_WAIT_S = 180.0, 120.0
 LOOK_S = 0.1
 
 
@@ -49,7 +49,13 @@ class Place:
     def output(self, name: str) -> Path:
         return self.folder / f"{name}.out"
 
+    def printed(self, name: str) -> int:
+        """How many characters it has printed so far."""
+        path = self.output(name)
+        return len(path.read_text(errors="replace")) if path.exists() else 0
+
     def said(self, name: str) -> str:
+        """The end of what it has printed."""
         return self.output(name).read_text(errors="replace")[-8000:]
 
 
@@ -63,7 +69,7 @@ class Steps:
         """What the command printed, once it is done; repeated where the store was away."""
         name = _name(arguments)
         for _ in range(TRIES):
-            start_s, begun = time.monotonic(), self._printed(name)
+            start_s, begun = time.monotonic(), self.place.printed(name)
             process = self.place.start(name, arguments)
             code = process.wait(COMMAND_WAIT_S)
             print(f"{' '.join(map(str, arguments[:3]))}: {code} in {time.monotonic() - start_s:.1f} s")
@@ -117,10 +123,6 @@ class Steps:
             )
             self.run(*arguments)
 
-    def _printed(self, name: str) -> int:
-        path = self.place.output(name)
-        return len(path.read_text(errors="replace")) if path.exists() else 0
-
 
 def after(seconds: float) -> Callable[[], bool]:
     """True from so many seconds after now on."""
@@ -143,15 +145,15 @@ class Killable(Protocol):
 
 
 class Part:
-    """A command that runs for ever, until it is ended or killed."""
+    """A command that runs for ever, until it is ended or killed. ready: what it prints once it can be ended."""
 
-    def __init__(self, name: str, arguments: Sequence[object], place: Place) -> None:
-        self.name, self._arguments, self._place = name, arguments, place
-        self._process = place.start(name, arguments)
+    def __init__(self, name: str, arguments: Sequence[object], place: Place, ready: str) -> None:
+        self.name, self._arguments, self._place, self._ready = name, arguments, place, ready
+        self._start()
 
     def restart(self, rng: random.Random) -> None:
         kill(self._process)
-        self._process = self._place.start(self.name, self._arguments)
+        self._start()
 
     def look(self) -> None:
         code = self._process.poll()
@@ -159,13 +161,22 @@ class Part:
             return
         # Begun while the store was away, or waited for it in vain: whoever started it starts it again.
         assert code == STORE_AWAY, f"{self.name} ended with {code}:\n{self._place.said(self.name)}"
-        self._process = self._place.start(self.name, self._arguments)
+        self._start()
 
     def end(self) -> None:
-        """In good order; it says so by its exit code."""
+        """In good order, once it has begun; it says so by its exit code."""
+        deadline_s = time.monotonic() + BEGIN_WAIT_S
+        while self._ready not in self._place.output(self.name).read_text(errors="replace")[self._begun :]:
+            assert time.monotonic() < deadline_s, f"{self.name} does not begin:\n{self._place.said(self.name)}"
+            self.look()
+            time.sleep(LOOK_S)
         self._process.terminate()
         code = self._process.wait(TERM_WAIT_S)
         assert code == 0, f"{self.name} ended with {code}:\n{self._place.said(self.name)}"
+
+    def _start(self) -> None:
+        self._begun = self._place.printed(self.name)
+        self._process = self._place.start(self.name, self._arguments)
 
 
 class Killer:

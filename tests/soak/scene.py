@@ -32,8 +32,10 @@ Found = TypeVar("Found")
 TOPIC, PARTITIONS = "shopping", 3
 ROOT = Path(__file__).parents[2]
 EXECUTOR_MB = 512
+# Log lines: a stream's is its progress, every ten seconds.
+STREAMING, SERVING = '"event": "stream",', '"event": "serving"'
 DOWN_S = (0.1, 2.0)
-CATCH_UP_WAIT_S, STORE_WAIT_S = 240.0, 120.0
+CATCH_UP_WAIT_S, STORE_WAIT_S = 600.0, 120.0
 KEY = "a key of the tests, of 32 bytes."
 # A ranker waits for the store so long, on a machine on which everything runs.
 DEADLINE_MS = 1000
@@ -88,14 +90,14 @@ class Scene:
     def stream(self, name: str) -> Part:
         """The stream of a checkpoint."""
         options = ["--checkpoint", self.folder / name, "--topic", TOPIC, "--log", self.log, "--state", self.state]
-        return Part(f"stream of {name}", ["stream", *options], self.place)
+        return Part(f"stream of {name}", ["stream", *options], self.place, STREAMING)
 
     def ranker(self, number: int, port: int, read_share: float) -> Part:
         """A ranker that follows the releases, asks what is in shadow too, and logs a share of its reads."""
         logged = ["--read-log", self.reads, "--read-log-share", read_share]
         followed = ["--checkpoint", self.releases, "--shadow", self.releases, "--shadow-share", 0.2]
         options = ["--state", self.state, "--port", port, "--deadline-ms", DEADLINE_MS, "--linger", 0]
-        return Part(f"ranker {number}", ["serve", *followed, *options, *logged], self.place)
+        return Part(f"ranker {number}", ["serve", *followed, *options, *logged], self.place, SERVING)
 
     def wait_until_streamed(self, checkpoint_id: str, records: int) -> None:
         """Until a stream has committed so many records."""

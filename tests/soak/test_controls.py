@@ -48,6 +48,7 @@ from tests.soak.judging import (
 )
 from tests.soak.processes import Part, Place
 from tests.soak.reading import FRESH, Reading
+from tests.soak.scene import SERVING
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(300)]
 
@@ -140,7 +141,7 @@ def play(stage: Stage, packages: Path = REPOSITORY, plant: Callable[[Stage], Non
     port = free_port()
     options = ["--checkpoint", stage.table, "--state", stage.state, "--port", port, "--deadline-ms", 10_000]
     # Rows that are kept would be given in place of older ones, flagged: here they are to be read.
-    ranker = Part("ranker", ["serve", *options, "--kept-mb", 0], place)
+    ranker = Part("ranker", ["serve", *options, "--kept-mb", 0], place, SERVING)
     questions = {user_id: [f"i{n}" for n in range(1, 8)] for user_id in stage.told}
     reading = Reading([port], questions, NOW_MS, seed=0, pause_s=0.01)
     flips = [Flip(checkpoint_id=first, begun_s=0.0)]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -257,7 +258,7 @@ def wait_until_shadowed(soak: Soak) -> None:
         for port in soak.reading.ports:
             try:
                 said = get(f"http://127.0.0.1:{port}/metrics")[1]
-            except OSError:
+            except (OSError, HTTPException):
                 continue
             if 'vql_shadow_users_total{history="fresh"}' in said:
                 return
@@ -321,6 +322,8 @@ def audit_all(scene: Scene, first: Checkpoint, second: Checkpoint) -> None:
     for checkpoint, of_store in ((first, []), (second, ["--store-sample", 10**6])):
         output = scene.folder / f"audit-{checkpoint.checkpoint_id}.json"
         options = ["--checkpoint", checkpoint.path, "--state", scene.state, "--read-log", scene.reads, *of_store]
+        # A new user waits for a stream that is killed again and again.
+        options += ["--grace", 600]
         scene.steps.run("audit", *options, "--output", output, *scene.on_cluster)
         report = json.loads(output.read_text())
         for name, source in report["sources"].items():
