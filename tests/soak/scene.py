@@ -6,7 +6,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +83,9 @@ class Scene:
     def checkpoint(self, name: str) -> Checkpoint:
         return open_checkpoint(self.folder / name)
 
-    def ingest(self, spark: Sequence[object]) -> None:
+    def ingest(self) -> None:
         """The topic into the log, up to its end as of now."""
-        self.steps.run("ingest", "--from", "kafka", "--topic", TOPIC, *spark)
+        self.steps.run("ingest", "--from", "kafka", "--topic", TOPIC, *self.locally)
 
     def stream(self, name: str) -> Part:
         """The stream of a checkpoint."""

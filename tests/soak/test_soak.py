@@ -43,9 +43,10 @@ REQUESTS = int(os.environ.get("VQL_SOAK_REQUESTS") or 3_000)
 PAUSE_S = 100 / REQUESTS
 RANKERS = 2
 READ_SHARE = min(1.0, 1_000 / REQUESTS)
-KILL_EVERY_S = (4.0, 16.0)
+KILL_EVERY_S = (10.0, 40.0)
 # A command is killed so long after its start, unless it has ended.
 STEP_LIFE_S, SPARK_LIFE_S = (0.2, 2.0), (3.0, 15.0)
+SPARK_KILLED = 0.3
 PARITY_MAX = 1e-4
 # A hundred users are too few to tell small differences; what the gate refuses is tested elsewhere.
 MARGIN = 0.3
@@ -80,15 +81,15 @@ class Soak:
     def prepare(
         self, name: str, seed: int, before_ms: int, do: Callable[..., object], spark: Sequence[object]
     ) -> Checkpoint:
-        """From the topic as it is now to a release whose rows are there. spark: options of jobs."""
+        """From the topic as it is now to a release whose rows are there. spark: where it is trained and backfilled."""
         scene, path = self.scene, self.scene.folder / name
-        scene.ingest(spark)
+        scene.ingest()
         which = ["--seed", seed, "--before-ms", before_ms]
         do("train", "--checkpoint", path, "--work", scene.folder / f"work-{name}", *TRAINING, *which, *spark)
-        scene.steps.run("encode-items", "--checkpoint", path, *spark)
+        scene.steps.run("encode-items", "--checkpoint", path, *scene.locally)
         do("release", "add", path, "--releases", scene.releases)
         judged = ["--margin", MARGIN, "--work", scene.folder / "gate"]
-        do("release", "gate", path, "--releases", scene.releases, *judged, *spark)
+        do("release", "gate", path, "--releases", scene.releases, *judged, *scene.locally)
         do("release", "backfill", path, "--releases", scene.releases, "--state", scene.state, *spark)
         checkpoint = scene.checkpoint(name)
         done = scene.patiently(lambda: scene.rows.backfill(checkpoint.checkpoint_id))
@@ -101,11 +102,11 @@ class Soak:
         steps = self.scene.steps
         if arguments[:2] == ("release", "backfill"):
             self._backfill_under_fire(*arguments)
-        elif "--master" not in arguments:
+        elif "--log" not in arguments:
             steps.kill(*arguments, when=after(self.rng.uniform(*STEP_LIFE_S)))
             steps.run_twice_at_once(*arguments)
         else:
-            if self.rng.random() < 0.5:
+            if self.rng.random() < SPARK_KILLED:
                 steps.kill(*arguments, when=after(self.rng.uniform(*SPARK_LIFE_S)))
             steps.run(*arguments)
 
@@ -117,12 +118,12 @@ class Soak:
         def put_more_than(rows: int) -> Callable[[], bool]:
             return lambda: scene.patiently(lambda: scene.rows.count_rows(checkpoint_id)) > rows
 
-        assert scene.steps.kill(*arguments, when=put_more_than(self.rng.randrange(1_000))), "ended before all rows"
+        assert scene.steps.kill(*arguments, when=put_more_than(self.rng.randrange(500))), "ended before all rows"
         held = scene.patiently(lambda: scene.rows.count_rows(checkpoint_id))
         assert held > 0
         assert scene.patiently(lambda: scene.rows.backfill(checkpoint_id)) is None
         machine = self.rng.choice(scene.cluster.workers)
-        with scene.steps.beside(*arguments, when=put_more_than(held + self.rng.randrange(1_000))):
+        with scene.steps.beside(*arguments, when=put_more_than(held + self.rng.randrange(500))):
             family = machine.children(recursive=True)
             for process in (machine, *family):
                 process.kill()
@@ -272,7 +273,7 @@ def settle(soak: Soak, *checkpoints: Checkpoint) -> None:
     scene = soak.scene
     soak.telling.end()
     told = soak.telling.told
-    scene.ingest(scene.on_cluster)
+    scene.ingest()
     for checkpoint in checkpoints:
         scene.patiently(lambda checkpoint=checkpoint: scene.wait_until_streamed(checkpoint.checkpoint_id, len(told)))
         found = scene.patiently(lambda checkpoint=checkpoint: scene.parity(checkpoint))
