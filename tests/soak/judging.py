@@ -29,7 +29,7 @@ from models.request import Impression
 from tests.soak.reading import FRESH, Answer
 
 # Of a logit; rows are float32 and are folded in other orders. What one event changes is mostly a thousand times more.
-TOLERANCE = 2e-4
+TOLERANCE = 2e-5
 ABSENT, LATE, STALE_LATE = "absent", "late", "stale_late"
 WRONG_CHECKPOINT = "wrong checkpoint"
 ANOTHER, NO_STATE, TOO_NEW, WENT_BACK, FLAGGED = (

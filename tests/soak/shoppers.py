@@ -24,7 +24,7 @@ ASKED, CROWD = 120, 4_000
 # Of those who are asked about: without a history at first, and for ever.
 NEW, NOBODY = 15, 5
 CANDIDATES = 8
-PAUSE_S = 0.04
+PAUSE_S = 0.1
 
 
 def items() -> list[dict[str, str]]:
