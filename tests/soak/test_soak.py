@@ -309,6 +309,7 @@ def judge_all(soak: Soak, first: Checkpoint, second: Checkpoint) -> Judged:
     found = judge(answers, truth)
     assert not found.faults, f"{found.faults}\n" + "\n".join(found.examples)
     assert set(found.by_checkpoint) == {first.checkpoint_id, second.checkpoint_id}
+    assert found.histories[FRESH] >= REQUESTS, found.histories
     last = {user: answer for answer in answers for user in answer.users}
     assert len(last) == ASKED
     score_SC = truth.score_SC[second.checkpoint_id]
