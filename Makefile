@@ -1,17 +1,20 @@
-# Five chores. Each sets up what it needs: a virtual environment in .venv from the hashed lock, and Delta's jars.
+# Six chores. Each sets up what it needs: a virtual environment in .venv from the hashed lock, and Delta's jars.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 UV := 0.13.9
 BIN := .venv/bin
 
-.PHONY: demo test faults check lock clean
+.PHONY: demo test faults soak check lock clean
 demo: .venv/ready
 	$(BIN)/vql demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not faults" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not faults and not soak" -n 2 --dist worksteal
 
 faults: .venv/ready
-	$(BIN)/python -m pytest -m faults tests/faults
+	$(BIN)/python -m pytest -m "faults or soak" tests/faults tests/soak
+
+soak: .venv/ready
+	VQL_SOAK_REQUESTS=100000 $(BIN)/python -m pytest tests/soak/test_soak.py
 
 check: .venv/ready
 	$(BIN)/ruff check

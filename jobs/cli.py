@@ -30,9 +30,11 @@ from jobs.cli_options import (
     HALF_LIVES,
     LOCAL,
     CheckpointPath,
+    Codebook,
     Counted,
     CountHalfLives,
     HalfLives,
+    ItemsVersion,
     Log,
     Master,
     MaxFuture,
@@ -42,10 +44,12 @@ from jobs.cli_options import (
     State,
     Tags,
     Vector,
+    WarmStart,
     choice,
     declared,
     offsets,
     pairs,
+    path_or_url,
 )
 from jobs.cli_release import app as release
 from jobs.cli_serve import serve
@@ -178,8 +182,18 @@ def ingest_items(
 @app.command()
 def train(
     log: Log,
-    checkpoint: Annotated[Path, typer.Option(resolve_path=True, help="Where to write the checkpoint.")],
-    work: Annotated[Path, typer.Option(resolve_path=True, help="Folder for examples and state; resumed from.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Option(
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="Where to write the checkpoint. A URL's training can be gone on with by another machine.",
+        ),
+    ],
+    work: Annotated[
+        Path,
+        typer.Option(resolve_path=True, help="Folder for examples and state, seen by executors too; resumed from."),
+    ],
     model: Annotated[
         str, typer.Option(help=f"One of {', '.join(MODELS)}; a rival with +counts is given exact ones.")
     ] = "vql",
@@ -217,6 +231,7 @@ def train(
     ] = "0",
     seed: int = 0,
     log_version: Annotated[int | None, typer.Option(help="Delta version of the log to read; newest if absent.")] = None,
+    items_version: ItemsVersion = None,
     before_ms: Annotated[
         int | None,
         typer.Option(help="Train on events before this time alone, Unix ms: vql release gate needs later ones."),
@@ -225,11 +240,23 @@ def train(
     device: Annotated[
         str, typer.Option(help="cpu, or cuda: a GPU, with the products outside of attention in bfloat16.")
     ] = "cpu",
+    warm_start: WarmStart = None,
+    codebook: Codebook = "relearn",
+    track: Annotated[
+        str, typer.Option(help="none, or mlflow: settings and figures go to MLFLOW_TRACKING_URI.")
+    ] = "none",
     master: Master = LOCAL,
 ) -> None:
-    """Train a model on the log and write a checkpoint. After a kill, the same command continues."""
+    """Train a model on the log and write a checkpoint. After a kill, the same command continues.
+
+    Spark makes the examples, on any master; the training itself runs on the driver's machine. The same log and items
+    versions, seed and parent give the same checkpoint. spark-submit jobs/cli.py train ... does the same, on its master.
+    """
     from jobs.baskets import ExamplePlan
+    from jobs.parents import parent_of
+    from jobs.releases.table import live_path
     from jobs.spark import open_spark
+    from jobs.tracking import tracked, tracker
     from jobs.train import (
         NEWEST,
         TrainJob,
@@ -239,10 +266,13 @@ def train(
         parse_delay_ms,
         parse_half_lives,
         parse_newest_half_lives,
-        run_training,
     )
+    from jobs.training_store import train_to, work_of
     from models.checkpoint import Sizes
 
+    frozen = choice("--codebook", codebook, ("relearn", "freeze")) == "freeze"
+    if frozen and warm_start is None:
+        raise InputError("--codebook freeze needs a codebook: --warm-start names the checkpoint that has it")
     half_lives = parse_half_lives(half_life)
     numbers = {"groups": groups, "codewords": codewords, "window": window}
     numbers["newest"] = min(NEWEST, window) if newest is None else newest
@@ -265,9 +295,14 @@ def train(
         category_code=category_code or UNSET,
         device=UNSET if device == "cpu" else device,
         context=declared(number, tags, vector),
+        items_version=items_version,
+        parent=UNSET if warm_start is None else parent_of(live_path(warm_start), frozen),
     )
-    check_job(job, checkpoint)
-    made = run_training(open_spark(master), job, work, checkpoint, processes)
+    check_job(job, Path(checkpoint))
+    run, folder = tracker(track), work_of(job, work, checkpoint)
+    made = tracked(
+        run, job, lambda: train_to(open_spark(master), job, folder, checkpoint, processes), folder, processes
+    )
     loss = made.manifest.metrics["train_loss"]
     say(f"checkpoint {made.checkpoint_id} in {checkpoint}, training loss {loss:.4f}")
 
@@ -275,7 +310,12 @@ def train(
 @app.command("encode-items")
 def encode_items(
     checkpoint: Annotated[
-        Path, typer.Option(resolve_path=True, help="A checkpoint, or a table of releases: all that are not retired.")
+        Path,
+        typer.Option(
+            parser=path_or_url,
+            metavar="PATH|URL",
+            help="A checkpoint, or a table of releases: all that are not retired.",
+        ),
     ],
     log: Log,
     master: Master = LOCAL,
@@ -286,6 +326,14 @@ def encode_items(
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
 
+    if isinstance(checkpoint, str):
+        from jobs.checkpoint_store import fetch_checkpoint, put_items
+
+        path = fetch_checkpoint(checkpoint)
+        added, total = run(open_spark(master), open_checkpoint(path), log)
+        put_items(path, checkpoint)
+        say(f"{added:,} items added; the table holds {total:,}")
+        return
     paths = checkpoint_paths(checkpoint)
     for path in paths:
         added, total = run(open_spark(master), open_checkpoint(path), log)

@@ -52,9 +52,9 @@ def audit(
 ) -> None:
     """Compare what rankers read, and what the store holds, with the rows that the event log gives for the same stamps.
 
-    Users of logged reads are found by the hash of VQL_USER_HASH_KEY_FILE; of the forgotten only the empty row is right.
-    Exit code 9: more reads disagree than may. --repair never replaces a row that is newer than the log's copy: run it
-    again when that has caught up.
+    --checkpoint may also be a table of releases, whose live one is audited. Users of logged reads are found by the hash
+    of VQL_USER_HASH_KEY_FILE; of the forgotten only the empty row is right. Exit code 9: more reads disagree than may.
+    --repair never replaces a row that is newer than the log's copy: run it again when that has caught up.
 
     Example: vql audit --checkpoint live --log build/log --state build/state --read-log build/reads --store-sample 1000
     """
@@ -81,7 +81,7 @@ def audit(
         tolerance=Tolerance(error=error_max, score=score_error_max, grace_ms=round(grace * 1000)),
         repair=repair,
     )
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(live_path(checkpoint))
     report = run(open_spark(master), opened, log, StoreHandle(state=state), plan)
     if read_log is not None and keep_days is not None:
         forget_before(read_log, day_of(now_ms - keep_days * DAY_MS))

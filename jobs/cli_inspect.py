@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from msgspec import UNSET
 from rich.console import Console
 from rich.table import Table
+
+from jobs.cli_options import resolved_checkpoint_path
 
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint
@@ -18,7 +21,12 @@ out = Console(highlight=False)
 
 
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint directory, made by vql train.", resolve_path=True)],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            parser=resolved_checkpoint_path, metavar="PATH|URL", help="A checkpoint directory, made by vql train."
+        ),
+    ],
     plot: Annotated[Path | None, typer.Option(resolve_path=True, help="Also draw it: a PNG file to write.")] = None,
 ) -> None:
     """Show a checkpoint's sizes and training, the largest row, and what its codebook does to attention.
@@ -67,6 +75,8 @@ def _facts(opened: Checkpoint, row_bytes: int | None) -> None:
     if manifest.newest_half_life_ms:
         facts["their half-lives by head, days"] = _days(manifest.newest_half_life_ms)
     facts |= {f"training: {name}": str(value) for name, value in manifest.training.items()}
+    if manifest.items_version is not UNSET:
+        facts["training: items_version"] = str(manifest.items_version)
     facts |= {name: f"{value:g}" for name, value in manifest.metrics.items()}
     if row_bytes is not None:
         facts["largest row, counts apart, bytes"] = f"{row_bytes:,}"

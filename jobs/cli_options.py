@@ -20,8 +20,38 @@ Log = Annotated[
 State = Annotated[
     Path, typer.Option(envvar="VQL_STATE", resolve_path=True, help="Folder of the online store and Feast's registry.")
 ]
+
+
+def is_url(text: str) -> bool:
+    return "://" in text
+
+
+def path_or_url(text: str) -> Path | str:
+    """An absolute path, or the URL as it is."""
+    return text.rstrip("/") if is_url(text) else Path(text).resolve()
+
+
+def checkpoint_path(text: str) -> Path:
+    """The path as it is; of a URL, where its checkpoint is in this machine's cache by now."""
+    if not is_url(text):
+        return Path(text)
+    from jobs.checkpoint_store import fetch_checkpoint
+
+    return fetch_checkpoint(text)
+
+
+def resolved_checkpoint_path(text: str) -> Path:
+    return checkpoint_path(text).resolve()
+
+
 CheckpointPath = Annotated[
-    Path, typer.Option("--checkpoint", resolve_path=True, help="A checkpoint directory, made by vql train.")
+    Path,
+    typer.Option(
+        "--checkpoint",
+        parser=resolved_checkpoint_path,
+        metavar="PATH|URL",
+        help="A checkpoint directory, made by vql train; a URL's is fetched once (to $VQL_CHECKPOINT_CACHE).",
+    ),
 ]
 
 Master = Annotated[str, typer.Option(help="Spark master: local[2], spark://host:7077, ...")]
@@ -33,6 +63,23 @@ HalfLives = Annotated[
 ]
 NewestHalfLives = Annotated[
     list[str], typer.Option(help="Of the newest, as --half-life has them. Absent: 1h, 6h, 1d, 7d by turns.")
+]
+ItemsVersion = Annotated[
+    int | None, typer.Option(help="Delta version of the log's items to read; newest if absent, as of the log.")
+]
+WarmStart = Annotated[
+    Path | None,
+    typer.Option(
+        parser=resolved_checkpoint_path,
+        metavar="PATH|URL",
+        help="A checkpoint whose parameters the training begins with; of a table of releases, the live one.",
+    ),
+]
+Codebook = Annotated[
+    str,
+    typer.Option(
+        help="What becomes of its codebook: relearn (as a first training does), or freeze (it stays as it is)."
+    ),
 ]
 Number = Annotated[list[str], typer.Option(help="A numeric item feature to use, from vql ingest-items; repeatable.")]
 Tags = Annotated[list[str], typer.Option(help="An item feature of tags, with | between or in an array; repeatable.")]

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.cli_options import LOCAL, Log, Master, State, choice
+from jobs.cli_options import LOCAL, Log, Master, State, choice, resolved_checkpoint_path
 from models.errors import InputError, StoreError
 
 if TYPE_CHECKING:
@@ -85,11 +85,17 @@ def list_(
 
 @app.command()
 def add(
-    checkpoint: Annotated[Path, typer.Argument(resolve_path=True, help="A checkpoint directory, made by vql train.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            parser=resolved_checkpoint_path, metavar="PATH|URL", help="A checkpoint directory, made by vql train."
+        ),
+    ],
     releases: Releases,
     dry_run: DryRun = False,
 ) -> None:
-    """Make a checkpoint a release, in the state trained. The folder has to stay where it is.
+    """Make a checkpoint a release, in the state trained. The folder has to stay where it is; a URL's is in
+    $VQL_CHECKPOINT_CACHE, which rankers, streams and jobs have to share then.
 
     Example: vql release add build/second --releases build/releases
     """

@@ -7,15 +7,17 @@ from typing import Annotated
 
 import typer
 
-from jobs.cli_options import State, choice
+from jobs.cli_options import State, checkpoint_path, choice
 
 # Not resolved: the path itself is watched, and what it names may change.
 LiveCheckpoint = Annotated[
     Path,
     typer.Option(
         "--checkpoint",
+        parser=checkpoint_path,
+        metavar="PATH|URL",
         help="A table of releases (the live one), a checkpoint directory, a link to one, or a file that names one; "
-        "followed when it changes.",
+        "followed when it changes. Or a checkpoint's URL, which is not followed.",
     ),
 ]
 

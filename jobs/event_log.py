@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import pyarrow as pa
 from delta.tables import DeltaTable
 from pyspark.sql import DataFrame, SparkSession
@@ -20,6 +21,7 @@ from pyspark.sql import functions as F
 
 from feature_repo.forgotten import FORGOTTEN, ForgottenRef, read_forgotten
 from jobs.spark import read_delta
+from models.checkpoint import Checkpoint
 from models.errors import InputError
 from models.forgotten import Forgotten, Request
 from models.user_hash import chosen_key_file
@@ -147,3 +149,20 @@ def standing(records: DataFrame) -> DataFrame:
     joined = records.where(f"NOT ({TOMBSTONE})").join(erased, "user_id", "left")
     after = F.col("erased_offset").isNull() | (F.col("offset") > F.col("erased_offset"))
     return joined.where(after).select(records.columns)
+
+
+def trained_until_ms(spark: SparkSession, log: Path, checkpoint: Checkpoint) -> int:
+    """Events from this time on had no part in the checkpoint's training, which was on this log.
+
+    Raises InputError for a checkpoint that does not say what it was trained on, or a log that lacks that version.
+    """
+    manifest = checkpoint.manifest
+    if manifest.trained_before_ms is not msgspec.UNSET:
+        return manifest.trained_before_ms
+    version = manifest.training.get("log_version")
+    if not isinstance(version, int) or version < 0:
+        raise InputError(f"{checkpoint.path} does not say what it was trained on; train it by vql train")
+    newest = read_events(spark, log, version).agg(F.max("event_time_ms")).collect()[0][0]
+    if newest is None:
+        raise InputError(f"{log} has no events in version {version}, on which {checkpoint.path} was trained")
+    return newest + 1

@@ -138,6 +138,24 @@ def extended(vocabulary: Vocabulary, events: DataFrame, static: DataFrame | None
     )
 
 
+def grown(known: Vocabulary, events: DataFrame, static: DataFrame | None) -> Vocabulary:
+    """Its values in their places and behind them those that the items of these events have more; tags stay as they are.
+
+    So that parameters made for it still belong to the same values. Its own items are there too, events or none, as
+    the items table describes them now.
+    """
+    names = list(known.fields)[1:]
+    item_ids = events.sparkSession.createDataFrame(pa.table({"item_id": known.fields["item_id"]}))
+    declared = () if known.context is None else known.context.names
+    table = _items(events.select("item_id").unionByName(item_ids), static, names, declared)
+    values = {
+        name: [*old, *sorted(set(_cells(table, name)) - {UNKNOWN_VALUE, *old})] for name, old in known.fields.items()
+    }
+    place = {item_id: i for i, item_id in enumerate(values["item_id"])}
+    order = np.argsort([place[item_id] for item_id in table["item_id"].to_pylist()])
+    return _described(table.take(order), values, known.context, known.tags)
+
+
 def write_examples(
     spark: SparkSession, events: DataFrame, vocabulary: Vocabulary, actions: list[str], plan: ExamplePlan, out: Path
 ) -> None:

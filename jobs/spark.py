@@ -29,6 +29,8 @@ from models.errors import (
 )
 
 LOCAL = "local[2]"
+# spark-submit has started this process: its master, memory and classpath hold, unless another master is named.
+SUBMITTED = "PYSPARK_GATEWAY_PORT"
 # An id is looked up once for each batch that it occurs in.
 EVENTS_PER_BATCH = 100_000
 LOG4J = Path(__file__).with_name("log4j2.properties").as_uri()
@@ -68,7 +70,8 @@ def open_spark(
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": str(stage_bars and sys.stderr.isatty()).lower(),
     }
-    if master.startswith("local"):
+    submitted = master == LOCAL and SUBMITTED in os.environ
+    if master.startswith("local") and not submitted:
         settings |= {
             "spark.driver.memory": os.environ.get("VQL_DRIVER_MEMORY", "2g"),
             "spark.driver.bindAddress": "127.0.0.1",
@@ -78,7 +81,9 @@ def open_spark(
             "spark.driver.extraJavaOptions": f"-XX:+UseSerialGC -XX:-UsePerfData -Dlog4j2.configurationFile={LOG4J}",
             "spark.sql.warehouse.dir": "build/spark-warehouse",
         }
-    builder = SparkSession.builder.master(master).appName(name)
+    builder = SparkSession.builder.appName(name)
+    if not submitted:
+        builder = builder.master(master)
     for key, value in settings.items():
         builder = builder.config(key, value)
     return builder.getOrCreate()

@@ -18,8 +18,9 @@ from pyspark.sql import functions as F
 
 from jobs.baskets import ExamplePlan
 from jobs.devices import usable_device
-from jobs.event_log import LogFacts, log_facts, read_events
-from jobs.examples import Vocabulary, build_vocabulary, write_examples
+from jobs.event_log import LogFacts, log_facts, read_events, trained_until_ms
+from jobs.examples import Vocabulary, build_vocabulary, grown, write_examples
+from jobs.parents import Parent, all_actions, check_parent, check_times, known_by, opened
 from jobs.spark import errors_of_workers, read_delta, table_version
 from models.checkpoint import OTHER_ACTION, Checkpoint, Manifest, Sizes, open_checkpoint, write_checkpoint
 from models.counts import CountPlan, exact_cells
@@ -32,6 +33,7 @@ from models.quantisation import diagnose
 from models.rivals import HISTORIES
 from models.timelines import CELLS, count_impressions, drawn_events, timeline_files
 from models.training import TrainPlan, final_parameters, train, trained_ranker
+from models.warm_start import WarmStart
 
 HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
 DIAGNOSED_EVENTS = 50_000
@@ -47,7 +49,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     window over the newest events, for sizes that have one. category_code: the field whose value is the code of group 0;
     unset, all codes are learned, and nothing that is named by a job has another name than before there was the choice.
     device: cuda, where products outside of attention are in bfloat16; unset, the CPU.
-    context: item features beside the fields; unset, there are none.
+    context: item features beside the fields; unset, there are none. parent: what it begins with; unset, with nothing.
     """
 
     log: str
@@ -69,6 +71,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     category_code: str | msgspec.UnsetType = msgspec.UNSET
     device: str | msgspec.UnsetType = msgspec.UNSET
     context: ContextFields | msgspec.UnsetType = msgspec.UNSET
+    parent: Parent | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def features(self) -> tuple[str, ...]:
@@ -80,7 +83,7 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
 def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, processes: int = 1) -> Checkpoint:
     """Train and write the checkpoint `out`. Raises InputError for an empty log or unknown model settings."""
     check_job(job, out)
-    pinned = work / f"pinned-{digest([job, str(out)])}.json"
+    pinned = work / f"pinned-{digest([placeless(job), str(out)])}.json"
     job = _pin(spark, job, pinned)
     facts = _training_facts(job, log_facts(spark, Path(job.log) / "events"))
     work = run_folder(work, job.model, facts, processes)
@@ -118,6 +121,7 @@ def write_trained(
         category_code=job.category_code,
         trained_before_ms=msgspec.UNSET if job.before_ms is None else job.before_ms,
         context=vocabulary.context or msgspec.UNSET,
+        items_version=msgspec.UNSET if job.items_version is None else job.items_version,
     )
     return write_checkpoint(out, manifest, final_parameters(plan), {**vocabulary.fields, **vocabulary.tags})
 
@@ -130,7 +134,8 @@ def _pin(spark: SparkSession, job: TrainJob, pinned: Path) -> TrainJob:
     events, items = Path(job.log) / "events", Path(job.log) / "items"
     read_delta(spark, events)
     if pinned.exists():
-        return msgspec.json.decode(pinned.read_bytes(), type=TrainJob)
+        kept = msgspec.json.decode(pinned.read_bytes(), type=TrainJob)
+        return msgspec.structs.replace(job, log_version=kept.log_version, items_version=kept.items_version)
     if job.log_version is None:
         job = msgspec.structs.replace(job, log_version=table_version(spark, events))
     if job.features and job.items_version is None:
@@ -164,6 +169,8 @@ def check_job(job: TrainJob, out: Path) -> None:
             raise InputError(f"the category {job.category_code!r} is none of the fields {list(job.fields)}")
         if job.model.removesuffix(EXACT_COUNTS) != "vql":
             raise InputError(f"{job.model} has no codes, which a category could be; vql has")
+    if job.parent:
+        check_parent(job, job.parent)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "manifest.json").is_file()):
         raise InputError(f"{out} exists and is no checkpoint; give --checkpoint another path")
 
@@ -220,7 +227,13 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
         events = events.where(F.col("event_time_ms") < job.before_ms)
     actions = known_actions(events)
     items = read_delta(spark, Path(job.log) / "items", job.items_version) if job.features else None
-    vocabulary = build_vocabulary(events, items, list(job.fields), job.context or ContextFields())
+    if job.parent:
+        parent = opened(job.parent)
+        check_times(events, parent, trained_until_ms(spark, Path(job.log), parent), job.before_ms)
+        actions = all_actions(parent, actions)
+        vocabulary = grown(known_by(parent), events, items)
+    else:
+        vocabulary = build_vocabulary(events, items, list(job.fields), job.context or ContextFields())
     examples = work.parent / f"examples-{digest(examples_of(job))}"
     write_examples(spark, events, vocabulary, actions, job.examples, examples)
     if count_impressions(timeline_files(examples)) == 0:
@@ -231,7 +244,9 @@ def _prepare(spark: SparkSession, job: TrainJob, work: Path) -> tuple[TrainPlan,
 def examples_of(job: TrainJob) -> list[object]:
     """What decides the examples of a training, and the features of their items."""
     of = [job.log, job.log_version, job.items_version, job.fields, job.before_ms, job.examples]
-    return [*of, job.context] if job.context else of
+    of = [*of, job.context] if job.context else of
+    # Its items keep the places that they have in the parent.
+    return [*of, job.parent.checkpoint_id] if job.parent else of
 
 
 def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabulary, actions: list[str]) -> TrainPlan:
@@ -255,6 +270,7 @@ def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabul
         seed=job.seed,
         device=job.device or "cpu",
         bfloat16=bool(job.device),
+        warm=WarmStart(checkpoint=job.parent.path, freeze=job.parent.freeze) if job.parent else None,
     )
     if job.counts is not None:
         work.mkdir(parents=True, exist_ok=True)
@@ -320,14 +336,22 @@ def _already(out: Path, facts: dict[str, str | int | float]) -> Checkpoint | Non
 
 def _training_facts(job: TrainJob, log: LogFacts) -> dict[str, str | int | float]:
     """What decides the parameters. The log is named by its id: where it lies does not matter."""
-    return {
-        "job": digest(msgspec.structs.replace(job, log=log.log_id)),
+    facts = {
+        "job": digest(msgspec.structs.replace(placeless(job), log=log.log_id)),
         "log_version": job.log_version if job.log_version is not None else -1,
         "seed": job.seed,
         "epochs": job.epochs,
         "length": job.length,
         "serving_delay_ms": job.examples.serving_delay_ms,
     }
+    if job.parent:
+        facts |= {"parent": job.parent.checkpoint_id, "codebook": "frozen" if job.parent.freeze else "relearned"}
+    return facts
+
+
+def placeless(job: TrainJob) -> TrainJob:
+    """The job, wherever its parent lies."""
+    return msgspec.structs.replace(job, parent=msgspec.structs.replace(job.parent, path="")) if job.parent else job
 
 
 def run_folder(work: Path, model: str, facts: Mapping[str, str | int | float], processes: int = 1) -> Path:

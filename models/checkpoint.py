@@ -72,7 +72,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     counts: null where none are kept. newest_half_life_ms: as half_life_ms, of the window over the newest events; empty
     where there is none. category_code: the item field whose value is the code of group 0; absent where all are learned.
     trained_before_ms: events from then on are not in its training; absent where all of the log's version are.
-    context: the item features beside the fields; absent where there are none.
+    context: the item features beside the fields; absent where there are none. items_version: the Delta version of the
+    items table that was read, as training's log_version is that of the events; absent where no items were read.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     category_code: str | msgspec.UnsetType = msgspec.UNSET
     trained_before_ms: int | msgspec.UnsetType = msgspec.UNSET
     context: Context | msgspec.UnsetType = msgspec.UNSET
+    items_version: int | msgspec.UnsetType = msgspec.UNSET
 
     @property
     def category_field(self) -> int | None:

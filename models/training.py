@@ -44,6 +44,7 @@ from models.timelines import (
     timeline_batches,
     timeline_files,
 )
+from models.warm_start import WarmStart, take_parameters
 
 COMMITMENT = 0.01
 # Of the steps, before keys are quantised.
@@ -66,6 +67,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     best. 0: all epochs, and no user is held out.
     counts: CELLS in `work` are what items are counted as.
     bfloat16: what torch's autocast says is done in it; attention, parameters and codewords stay float32.
+    warm: the parent whose parameters the run begins with, if it has one.
     """
 
     model: str
@@ -90,6 +92,7 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate: float = 6e-3
     id_learning_rate: float = 5e-3
     save_every_steps: int = 50
+    warm: WarmStart | None = None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -189,6 +192,8 @@ def begin(plan: TrainPlan, world: int = 1) -> Run:
         ranker.standardise_counts(torch.from_numpy(np.concatenate(counts)))
     if ranker.encoder.vectors is not None:
         ranker.encoder.vectors.standardise()
+    if plan.warm is not None:
+        take_parameters(ranker, plan.warm)
     ranker.to(plan.device)
     return Run(
         plan=plan,
@@ -331,7 +336,8 @@ def step(run: Run, share: Sequence[Impression] | Sequence[Timeline]) -> tuple[fl
             group.setdefault("full_lr", group["lr"])
             group["lr"] = group["full_lr"] * warmth
         optimizer.step()
-    if isinstance(run.ranker.history, VqlHistory):
+    frozen = run.plan.warm is not None and run.plan.warm.freeze
+    if isinstance(run.ranker.history, VqlHistory) and not frozen:
         _move_codebook(run.ranker, run.ranker.history, request, run.generator)
     return float(error.detach()), float(auc_within(logit_BC.detach(), request.label_BC).nanmean())
 

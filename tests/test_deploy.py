@@ -114,7 +114,7 @@ def test_applications_of_spark_have_what_an_image_of_ours_has() -> None:
 
 
 def test_every_command_of_the_manifests_is_one_of_vql() -> None:
-    assert {line[0] for line in lines()} == {"stream", "serve", "ingest", "train", "encode-items", "backfill"}
+    assert {line[0] for line in lines()} == {"stream", "serve", "ingest", "train", "encode-items", "backfill", "audit"}
     assert len(streams()) == 3
     assert [fault for line in lines() if (fault := fault_of_vql(line))] == []
 

@@ -164,7 +164,7 @@ def test_prometheus_scrapes_the_ports_that_serve_metrics() -> None:
 
 def test_pods_have_the_least_rights() -> None:
     found = list(pods(core()))
-    assert len(found) == 7
+    assert len(found) == 8
     for labels, spec in found:
         assert spec["automountServiceAccountToken"] is False, labels
         for container in of_pod(spec):
@@ -216,6 +216,16 @@ def test_mounts_have_volumes_and_these_what_they_name() -> None:
 def test_the_ranker_has_no_secret_but_the_readers() -> None:
     (serve,) = (spec for labels, spec in pods(core()) if labels["app"] == "vql-serve")
     assert [volume["secret"]["secretName"] for volume in serve["volumes"] if "secret" in volume] == ["vql-reader"]
+
+
+def test_the_audit_has_no_secret_but_the_readers_and_is_not_repeated() -> None:
+    (audit,) = (each["spec"] for each in core() if each["metadata"]["name"] == "vql-audit")
+    ((_, pod),) = pods(audit)
+    assert [volume["secret"]["secretName"] for volume in pod["volumes"] if "secret" in volume] == ["vql-reader"]
+    assert (audit["jobTemplate"]["spec"]["backoffLimit"], pod["restartPolicy"]) == (0, "Never")
+    # One audit at a time, and none that looks at a training as it is: its claims are read alone.
+    assert audit["concurrencyPolicy"] == "Forbid"
+    assert all(m["readOnly"] for m in pod["containers"][0]["volumeMounts"] if m["name"] in ("checkpoint", "log"))
 
 
 def test_nobody_is_reached_who_is_not_named() -> None:

@@ -23,7 +23,8 @@ import numpy as np
 from pyspark.sql import SparkSession
 
 from jobs.evaluate import Quality, Scores, kept_scores, quality, score_raw
-from jobs.releases.held_out import HeldOut, Question, held_out, in_words_of, trained_until_ms
+from jobs.event_log import trained_until_ms
+from jobs.releases.held_out import HeldOut, Question, held_out, in_words_of
 from jobs.spark import errors_of_workers
 from jobs.study.compare import Difference, difference, difference_of_auc, difference_of_logloss
 from jobs.study.costs import row_of

@@ -59,23 +59,6 @@ class HeldOut:
     impressions: Sequence[Impression]
 
 
-def trained_until_ms(spark: SparkSession, log: Path, checkpoint: Checkpoint) -> int:
-    """Events from this time on had no part in the checkpoint's training, which was on this log.
-
-    Raises InputError for a checkpoint that does not say what it was trained on, or a log that lacks that version.
-    """
-    manifest = checkpoint.manifest
-    if manifest.trained_before_ms is not msgspec.UNSET:
-        return manifest.trained_before_ms
-    version = manifest.training.get("log_version")
-    if not isinstance(version, int) or version < 0:
-        raise InputError(f"{checkpoint.path} does not say what it was trained on; train it by vql train")
-    newest = read_events(spark, log, version).agg(F.max("event_time_ms")).collect()[0][0]
-    if newest is None:
-        raise InputError(f"{log} has no events in version {version}, on which {checkpoint.path} was trained")
-    return newest + 1
-
-
 def held_out(spark: SparkSession, log: Path, from_ms: int, question: Question, work: Path) -> HeldOut:
     """The impressions from then on, drawn once for each state of the log. Raises InputError when there are none."""
     plan = ExamplePlan(from_ms=from_ms, per_user=question.per_user, protocol=question.protocol, seed=question.seed)

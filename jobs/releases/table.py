@@ -20,7 +20,7 @@ from msgspec.structs import asdict
 from tenacity import RetryError, Retrying, retry_if_exception_type, stop_after_attempt, wait_random
 
 from jobs.releases.states import Change, Entry, Releases, State
-from models.errors import StoreError
+from models.errors import CheckpointError, StoreError
 from models.files import FileVersion, file_version
 
 SCHEMA = pa.schema(
@@ -97,6 +97,16 @@ def checkpoint_paths(path: Path) -> list[Path]:
     if not is_releases(path):
         return [path]
     return [Path(e.path) for e in read_releases(path).current.values() if e.state != State.RETIRED]
+
+
+def live_path(path: Path) -> Path:
+    """The checkpoint that is live in a table of releases; of a checkpoint, itself. Raises CheckpointError for none."""
+    if not is_releases(path):
+        return path
+    live = newest_release(path, State.LIVE)
+    if live is None:
+        raise CheckpointError(f"none of the releases {path} is live; run vql release promote")
+    return Path(live.path)
 
 
 def _record_once(path: Path, step: Step, note: str, dry_run: bool) -> list[Entry]:

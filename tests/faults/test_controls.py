@@ -7,7 +7,6 @@ rule is needed. The same sharp scenario passes with the code as it is, so it is 
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from tests.changed_copy import changed_copy
 from tests.faults.proxy import running_proxy
 from tests.faults.reference import Differences
-from tests.faults.runner import REPOSITORY, Job, Streams, running_streams
+from tests.faults.runner import Job, Streams, running_streams
 from tests.faults.scene import Scene, require_done, wait_until
 from tests.redis_server import MEMORY_ONLY, PERSISTENT, RedisServer, running_redis
 
@@ -232,7 +232,9 @@ RULES = {
 def test_without_the_rule_rows_differ(name: str, part: Scene, tmp_path: Path) -> None:
     rule = RULES[name]
 
-    with running_streams(changed_copy(tmp_path / "copy", rule)) as streams:
+    copy = changed_copy(tmp_path / "copy", COPIED, rule.file, rule.text, rule.off)
+    (copy / "tests" / "__init__.py").touch()
+    with running_streams(copy) as streams:
         for found in play(rule, part, streams, tmp_path):
             assert getattr(found, rule.outcome), found
 
@@ -253,15 +255,3 @@ def play(rule: Rule, scene: Scene, streams: Streams, folder: Path) -> Iterator[D
         mine.mkdir()
         with running_redis(mine, rule.store_options) as store:
             yield scenario(Stage(scene=scene, streams=streams, store=store, folder=mine))
-
-
-def changed_copy(folder: Path, rule: Rule) -> Path:
-    """The packages with one change. Their compiled files go with them: what is not changed need not be compiled."""
-    for package in COPIED:
-        shutil.copytree(REPOSITORY / package, folder / package)
-    (folder / "tests" / "__init__.py").touch()
-    file = folder / rule.file
-    source = file.read_text()
-    assert source.count(rule.text) == 1, f"{rule.file} has {rule.text!r} {source.count(rule.text)} times"
-    file.write_text(source.replace(rule.text, rule.off))
-    return folder

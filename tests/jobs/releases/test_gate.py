@@ -15,8 +15,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from jobs.encode_items import encode_table
 from jobs.evaluate import Quality, Scores, quality
+from jobs.event_log import trained_until_ms
 from jobs.releases.gate import MARGIN, Bytes, Gaps, Report, Side, compare, judge
-from jobs.releases.held_out import Question, held_out, in_words_of, trained_until_ms
+from jobs.releases.held_out import Question, held_out, in_words_of
 from jobs.releases.states import State
 from jobs.releases.table import read_releases
 from jobs.study.compare import Difference, difference_of_auc, difference_of_logloss

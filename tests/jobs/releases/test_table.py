@@ -15,8 +15,8 @@ from deltalake import DeltaTable
 
 from jobs.releases import table as table_module
 from jobs.releases.states import State, added, promoted, retired, rolled_back
-from jobs.releases.table import is_releases, newest_release, read_releases, record
-from models.errors import InputError, StoreError
+from jobs.releases.table import is_releases, live_path, newest_release, read_releases, record
+from models.errors import CheckpointError, InputError, StoreError
 from tests.jobs.releases.contend import add, at_once, promote
 from tests.jobs.releases.way import take_live, take_to_shadow
 
@@ -38,6 +38,15 @@ def test_what_is_recorded_is_read_and_nothing_more(table: Path) -> None:
     version = DeltaTable(table).version()
     assert record(table, lambda now: added(now, "a", "/a")) == []
     assert DeltaTable(table).version() == version
+
+
+def test_of_a_table_the_live_one_is_meant_and_of_a_checkpoint_itself(table: Path, tmp_path: Path) -> None:
+    assert live_path(tmp_path / "checkpoint") == tmp_path / "checkpoint"
+    take_to_shadow(table, "a", Path("/a"))
+    with pytest.raises(CheckpointError, match="is live; run vql release promote"):
+        live_path(table)
+    take_live(table, "b", Path("/b"))
+    assert live_path(table) == Path("/b")
 
 
 def test_a_dry_run_says_it_and_writes_nothing(table: Path) -> None:
