@@ -11,10 +11,10 @@ test: .venv/ready
 	$(BIN)/python -m pytest -m "not faults and not soak" -n 2 --dist worksteal
 
 faults: .venv/ready
-	$(BIN)/python -m pytest -m "faults or soak" tests/faults tests/soak
+	$(BIN)/python -m pytest -m faults tests/faults
 
 soak: .venv/ready
-	VQL_SOAK_REQUESTS=100000 $(BIN)/python -m pytest tests/soak/test_soak.py
+	VQL_SOAK_REQUESTS=$(or $(VQL_SOAK_REQUESTS),100000) $(BIN)/python -m pytest -m soak tests/soak
 
 check: .venv/ready
 	$(BIN)/ruff check
