@@ -55,6 +55,7 @@ from jobs.cli_release import app as release
 from jobs.cli_serve import serve
 from jobs.cli_size import size
 from jobs.cli_stream import stream
+from jobs.process_end import ended_at_once
 from models.errors import InputError, VqlError
 from models.files import disk_error
 from models.model_names import MODELS
@@ -459,5 +460,10 @@ def _sizes(make, **numbers):
         raise InputError(str(error)) from error
 
 
+def process() -> None:
+    """`main` as a process of its own."""
+    ended_at_once(main)
+
+
 if __name__ == "__main__":
-    main()
+    process()
