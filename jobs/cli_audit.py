@@ -65,6 +65,7 @@ def audit(
     from jobs.audit_report import write_metrics, write_plot, write_report
     from jobs.audit_verdicts import Tolerance
     from jobs.read_log import day_of, forget_before
+    from jobs.releases.table import live_path
     from jobs.spark import open_spark
     from models.checkpoint import open_checkpoint
     from models.user_hash import chosen_key_file
