@@ -69,20 +69,10 @@ def backfill(
     cut = _resolve_cut(records, cut)
     if facts.topic_id is not None:
         bind_topic(rows, checkpoint.checkpoint_id, facts.epoch, facts.topic_id, facts.partitions)
-    items = len(checkpoint.fold().table)  # refuse a missing item table here rather than on an executor
+    task = row_task(checkpoint, store, (facts.epoch, revision), puts_per_s / spark.sparkContext.defaultParallelism)
     wanted = events_up_to(_standing(records, gone, facts.epoch), cut)
     expected = sum(offset + 1 for offset in cut.values()) if facts.dense and not gone else wanted.count()
-    cores = spark.sparkContext.defaultParallelism
-    tasks = max(cores, ceil(expected / EVENTS_PER_TASK))
-    task = RowTask(
-        checkpoint=checkpoint.path,
-        checkpoint_id=checkpoint.checkpoint_id,
-        items=items,
-        store=store,
-        epoch=facts.epoch,
-        revision=revision,
-        puts_per_s=puts_per_s / cores,
-    )
+    tasks = max(spark.sparkContext.defaultParallelism, ceil(expected / EVENTS_PER_TASK))
     total = write_all(wanted, task, tasks, expected)
     if total["events"] != expected:
         raise StoreError(
@@ -146,6 +136,20 @@ def events_up_to(events: DataFrame, cut: Mapping[int, int]) -> DataFrame:
     """What a fold needs of the records at or below the cut."""
     until = F.create_map(*(F.lit(x) for pair in cut.items() for x in pair))[F.col("partition")]
     return events.where(F.col("offset") <= until).selectExpr(*FOLDED)
+
+
+def row_task(checkpoint: Checkpoint, store: StoreHandle, stamped: tuple[int, int], puts_per_s: float) -> RowTask:
+    """What all tasks share; stamped: the epoch and revision of the rows. A missing item table is refused here."""
+    epoch, revision = stamped
+    return RowTask(
+        checkpoint=checkpoint.path,
+        checkpoint_id=checkpoint.checkpoint_id,
+        items=len(checkpoint.fold().table),
+        store=store,
+        epoch=epoch,
+        revision=revision,
+        puts_per_s=puts_per_s,
+    )
 
 
 def write_all(wanted: DataFrame, task: RowTask, tasks: int, expected: int) -> Row:

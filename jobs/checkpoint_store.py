@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from models.checkpoint import Checkpoint, Manifest, identify, open_checkpoint
 from models.errors import CheckpointError, InputError, MachineError, MismatchError
 from models.files import disk_error, replace_file, sha256_file
-from models.item_table import TableIndex, read_index
+from models.item_table import decode_index, read_index
 
 MANIFEST, ITEMS = "manifest.json", "items/items.json"
 
@@ -143,8 +143,8 @@ def fetch_checkpoint(url: str) -> Path:
 def put_items(folder: Path, url: str) -> None:
     """Copy the item table there, its index last. Raises MismatchError if it has grown there by others meanwhile."""
     there, index = Remote(url), read_index(folder / "items")
-    theirs = _index(there.read(ITEMS), url)
-    known = [] if theirs is None else theirs.segments
+    raw = there.read(ITEMS)
+    known = [] if raw is None else decode_index(raw, f"{url}/{ITEMS}").segments
     if index.segments[: len(known)] != known:
         raise MismatchError(f"the items of {url} were encoded by another run meanwhile; run vql encode-items again")
     for segment in index.segments[len(known) :]:
@@ -189,23 +189,13 @@ def _names(raw: bytes, url: str) -> list[str]:
 
 def _fetch_items(there: Remote, folder: Path) -> None:
     raw = there.read(ITEMS)
-    index = _index(raw, there.url)
-    if raw is None or index is None:
+    if raw is None:
         return
-    for segment in index.segments:
+    for segment in decode_index(raw, f"{there.url}/{ITEMS}").segments:
         file = folder / "items" / segment.name
         if not file.is_file() or sha256_file(file) != segment.sha256:
             _wanted(there.url, segment.name, partial(there.get, f"items/{segment.name}", file))
     replace_file(folder / ITEMS, raw)
-
-
-def _index(raw: bytes | None, url: str) -> TableIndex | None:
-    if raw is None:
-        return None
-    try:
-        return msgspec.json.decode(raw, type=TableIndex)
-    except msgspec.MsgspecError as error:
-        raise CheckpointError(f"{url}/{ITEMS} is damaged ({error}); restore it from a copy") from error
 
 
 def _wanted(url: str, name: str, get: Callable[[], None]) -> None:

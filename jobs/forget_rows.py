@@ -25,8 +25,8 @@ def empty_rows(rows: RowStore, user_id: str, request: Request) -> int:
     """Empty every row that is behind the request; how many were. One that is beyond it holds only what came after."""
     emptied = 0
     for checkpoint_id, stored in _stamps(rows, user_id):
-        if request.covers(stored.epoch, stored.partition, stored.offset) and _at(stored) != _at(request):
-            stamp = Stamp(epoch=request.epoch, partition=request.partition, offset=request.offset)
+        if _is_behind(stored, request):
+            stamp = _stamp(request)
             data = erased_row(checkpoint_id, stamp)
             put = RowPut(user_id=user_id, stamp=stamp, recent=data.recent, folded=data.folded)
             emptied += sum(rows.put_rows(checkpoint_id, [put]))
@@ -38,27 +38,22 @@ def drop_empty_rows(rows: RowStore, user_id: str, request: Request, streamed: bo
 
     streamed: older events of the user are still where a stream may read them.
     """
-    dropped, behind, stamps = 0, [], dict(_stamps(rows, user_id))
+    dropped, waiting, stamps = 0, [], dict(_stamps(rows, user_id))
     for checkpoint_id in rows.checkpoint_ids():
         # Where there is no row, what a killed run left of one, or one that expired, is still to go.
-        stored = stamps.get(
-            checkpoint_id, Stamp(epoch=request.epoch, partition=request.partition, offset=request.offset)
-        )
+        stored = stamps.get(checkpoint_id, _stamp(request))
         if _at(stored) != _at(request):
             continue
         if checkpoint_id in stamps and streamed and not _passed(rows, checkpoint_id, request):
-            behind.append(checkpoint_id)
+            waiting.append(checkpoint_id)
             continue
         dropped += rows.delete_row(checkpoint_id, user_id, stored)
-    return dropped, behind
+    return dropped, waiting
 
 
 def behind(rows: RowStore, user_id: str, requests: Sequence[Request]) -> int:
     """How many rows still are behind a request: its history."""
-    return sum(
-        any(r.covers(s.epoch, s.partition, s.offset) and _at(s) != _at(r) for r in requests)
-        for _, s in _stamps(rows, user_id)
-    )
+    return sum(any(_is_behind(stored, r) for r in requests) for _, stored in _stamps(rows, user_id))
 
 
 def _passed(rows: RowStore, checkpoint_id: str, request: Request) -> bool:
@@ -79,6 +74,15 @@ def _stamps(rows: RowStore, user_id: str) -> Iterator[tuple[str, Stamp]]:
         except WireError:
             # What it includes cannot be told: it is behind every request, and the fence knows better.
             yield checkpoint_id, Stamp(epoch=0, partition=0, offset=-1)
+
+
+def _is_behind(stored: Stamp, request: Request) -> bool:
+    return request.covers(stored.epoch, stored.partition, stored.offset) and _at(stored) != _at(request)
+
+
+def _stamp(request: Request) -> Stamp:
+    """Of the empty row at a request."""
+    return Stamp(epoch=request.epoch, partition=request.partition, offset=request.offset)
 
 
 def _at(place: Stamp | Request) -> tuple[int, int, int]:

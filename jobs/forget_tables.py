@@ -54,15 +54,13 @@ def erase_events(path: Path, target: Target) -> int:
     """
     _change(path, _not_dense)
     below = " OR ".join(f"({_below(request)})" for request in target.requests)
-    places = " OR ".join(f"({_at(request)})" for request in target.requests)
-    return _delete(path, f"user_id = {_quoted(target.user_id)} AND ({below}) AND NOT ({places})")
+    return _delete(path, f"user_id = {_quoted(target.user_id)} AND ({below}) AND NOT ({_at(target)})")
 
 
 def blank_tombstones(path: Path, target: Target) -> int:
     """Take the user out of the tombstones: a place stays, which readers pass over."""
-    places = " OR ".join(f"({_at(request)})" for request in target.requests)
-    where = f"user_id = {_quoted(target.user_id)} AND value IS NULL AND ({places})"
-    return _change(path, lambda table: table.update(predicate=where, updates={"user_id": "NULL"})["num_updated_rows"])
+    where = f"user_id = {_quoted(target.user_id)} AND value IS NULL AND ({_at(target)})"
+    return _update(path, {"user_id": "NULL"}, where)
 
 
 def erase_letters(path: Path, target: Target) -> int:
@@ -243,8 +241,9 @@ def _below(request: Request) -> str:
     return f"epoch < {request.epoch} OR ({here})"
 
 
-def _at(request: Request) -> str:
-    return _all_at([(request.epoch, request.partition, request.offset)])
+def _at(target: Target) -> str:
+    """Where the requests' own tombstones are."""
+    return _all_at([(request.epoch, request.partition, request.offset) for request in target.requests])
 
 
 def _all_at(places: Sequence[tuple[int, int, int]]) -> str:

@@ -14,8 +14,7 @@ from pyspark.sql import DataFrame
 from feature_repo.handle import StoreHandle
 from feature_repo.store import RowStore
 from jobs.audited_log import AuditedLog
-from jobs.backfill import FOLDED, PUTS_PER_S, write_all
-from jobs.backfill_task import RowTask
+from jobs.backfill import FOLDED, PUTS_PER_S, row_task, write_all
 from models.checkpoint import Checkpoint
 
 
@@ -35,15 +34,7 @@ def repair(
     revision = _claimed(store.open(), checkpoint.checkpoint_id, revision_max)
     events = log.records.join(users, "user_id").selectExpr(*FOLDED)
     cores = events.sparkSession.sparkContext.defaultParallelism
-    task = RowTask(
-        checkpoint=checkpoint.path,
-        checkpoint_id=checkpoint.checkpoint_id,
-        items=len(checkpoint.fold().table),
-        store=store,
-        epoch=log.facts.epoch,
-        revision=revision,
-        puts_per_s=PUTS_PER_S / cores,
-    )
+    task = row_task(checkpoint, store, (log.facts.epoch, revision), PUTS_PER_S / cores)
     done = write_all(events, task, cores, events.count())
     put, newer = done["users"] or 0, done["newer"] or 0
     return Repaired(users=put, rows=put - newer, newer=newer, revision=revision)

@@ -84,11 +84,17 @@ def read_index(folder: Path) -> TableIndex:
     """Raises CheckpointError when the table was never made or its index is damaged."""
     path = folder / "items.json"
     try:
-        return msgspec.json.decode(path.read_bytes(), type=TableIndex)
+        return decode_index(path.read_bytes(), path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} holds no item table; run: vql encode-items") from error
+
+
+def decode_index(raw: bytes, where: Path | str) -> TableIndex:
+    """An index from the bytes of its file. Raises CheckpointError for one that is damaged."""
+    try:
+        return msgspec.json.decode(raw, type=TableIndex)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore it from a copy") from error
+        raise CheckpointError(f"{where} is damaged ({error}); restore it from a copy") from error
 
 
 def segment_table(

@@ -99,14 +99,18 @@ def checkpoint_paths(path: Path) -> list[Path]:
     return [Path(e.path) for e in read_releases(path).current.values() if e.state != State.RETIRED]
 
 
+def release_in(path: Path, state: State) -> Entry:
+    """`newest_release`. Raises CheckpointError for none, StoreError as that."""
+    release = newest_release(path, state)
+    if release is None:
+        remedy = "; run vql release promote" if state is State.LIVE else ""
+        raise CheckpointError(f"none of the releases {path} is {state}{remedy}")
+    return release
+
+
 def live_path(path: Path) -> Path:
-    """The checkpoint that is live in a table of releases; of a checkpoint, itself. Raises CheckpointError for none."""
-    if not is_releases(path):
-        return path
-    live = newest_release(path, State.LIVE)
-    if live is None:
-        raise CheckpointError(f"none of the releases {path} is live; run vql release promote")
-    return Path(live.path)
+    """The checkpoint that is live in a table of releases; of a checkpoint, itself. Raises as `release_in`."""
+    return Path(release_in(path, State.LIVE).path) if is_releases(path) else path
 
 
 def _record_once(path: Path, step: Step, note: str, dry_run: bool) -> list[Entry]:

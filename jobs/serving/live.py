@@ -16,7 +16,7 @@ from typing import NamedTuple
 import structlog
 
 from jobs.releases.states import State
-from jobs.releases.table import is_releases, newest_release
+from jobs.releases.table import is_releases, release_in
 from jobs.scoring import Scorer
 from models.errors import CheckpointError, VqlError
 from models.files import FileVersion, file_version
@@ -92,10 +92,7 @@ def version_of(path: Path, state: State = State.LIVE) -> Version:
     """
     if not is_releases(path):
         return _version(path)
-    release = newest_release(path, state)
-    if release is None:
-        remedy = "; run vql release promote" if state is State.LIVE else ""
-        raise CheckpointError(f"none of the releases {path} is {state}{remedy}")
+    release = release_in(path, state)
     return _version(Path(release.path), release.checkpoint_id)
 
 
