@@ -1,10 +1,10 @@
 """The sides of `vql bench rank`: users' candidates scored from what a store holds of the users, fetch included.
 
-All sides but `vql_shipped` share the frame (item encoder, head) and the checkpoint; all have what depends on items
-alone in memory, and read from the same Redis. VQL's is `jobs.scoring.Scorer`, the product's own; beside the rivals it
-has neither a window nor counts, as they have none. A rival's is `Rival`: one string for each user by MGET, then a user
-at a time. Raw events are the 24-byte records of a row's recent part. Parameters are random: what scoring costs depends
-on sizes, not on what was learned.
+All sides but `vql_shipped` share the frame (item encoder, head) and the checkpoint, but that the heads of sdim, topk
+and din_50 are not told of the history's mass. All have what depends on items alone in memory, and read from the same
+Redis. VQL's is `jobs.scoring.Scorer`, the product's own; beside the rivals it has neither a window nor counts, as they
+have none. A rival's is `Rival`: one string for each user by MGET, then a user at a time. Raw events are the 24-byte
+records of a row's recent part. Parameters are random: what scoring costs depends on sizes, not on what was learned.
 
 Shapes: as in models.ranker; L events of a history.
 """
@@ -31,7 +31,7 @@ from jobs.encode_items import encode_table
 from jobs.examples import Vocabulary
 from jobs.scoring import Asked, Scored, Scores
 from jobs.train import NEWEST, item_cells, parse_counts, parse_newest_half_lives
-from models.attention import history_bias
+from models.attention import centred, log_weights
 from models.checkpoint import Checkpoint, Manifest, Sizes, write_checkpoint
 from models.counts import Counter
 from models.item_table import ItemTable, append_segments
@@ -129,7 +129,7 @@ class ExactHistory(nn.Module):
 
     def __init__(self, vql: VqlHistory, x_Md: torch.Tensor) -> None:
         super().__init__()
-        self.vql = vql
+        self.vql, self.told = vql, vql.told
         self.key_MV, self.value_MV = vql.keys(x_Md).flatten(1), vql.values(x_Md).flatten(1)
         self.action_value_AV = vql.action_value_AHD.flatten(1)
 
@@ -138,7 +138,8 @@ class ExactHistory(nn.Module):
         key_BLHE = functional.embedding(history.item_BL, self.key_MV).unflatten(-1, heads)
         value_BLV = functional.embedding(history.item_BL, self.value_MV)
         value_BLHD = (value_BLV + functional.embedding(history.action_BL, self.action_value_AV)).unflatten(-1, heads)
-        bias_BHL = history_bias(self.vql.kernel(), history.time_ms_BL, history.weight_BL, request.now_ms_B)
+        log_BHL = log_weights(self.vql.kernel(), history.time_ms_BL, history.weight_BL, request.now_ms_B)
+        bias_BHL = centred(log_BHL)
         query_BCHE = self.vql.queries(candidate_BCd)
         width = max(query_BCHE.shape[-1] + 1, value_BLHD.shape[-1])
         out_BHCX = functional.scaled_dot_product_attention(
@@ -148,7 +149,7 @@ class ExactHistory(nn.Module):
             scale=1.0,
         )
         seen_BCV = out_BHCX[..., : self.vql.sizes.value_width].transpose(1, 2).flatten(2)
-        return seen_BCV, candidate_BCd.new_zeros(())
+        return self.vql.with_mass(seen_BCV, log_BHL.logsumexp(dim=-1)), candidate_BCd.new_zeros(())
 
 
 def _wide(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -156,9 +157,11 @@ def _wide(x: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def rival(ranker: Ranker, history: nn.Module, shape: Shape) -> Ranker:
-    """The ranker with another way to read a history, and all else the same."""
+    """The ranker with another way to read a history, and all else the same, where its head is given as much."""
     other = Ranker(shape, ranker.encoder.feature_MF, history)
-    other.encoder, other.candidate, other.head = ranker.encoder, ranker.candidate, ranker.head
+    other.encoder, other.candidate = ranker.encoder, ranker.candidate
+    if getattr(history, "told", 0):
+        other.head = ranker.head
     return other.eval().to(ranker.encoder.feature_MF.device)
 
 

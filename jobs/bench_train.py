@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from jobs.bench import machine, versions
+from jobs.devices import usable_device
 from jobs.plots import new_figure
 from models.checkpoint import OTHER_ACTION, Sizes
 from models.timelines import FEATURES, SCHEMA, Limits, batches, timeline_batches, timeline_files
@@ -43,7 +44,8 @@ START_MS = 1_600_000_000_000
 class TrainBench(msgspec.Struct, frozen=True, kw_only=True):
     """lengths: events of a user. impressions: of a user; `steady`: of 1,000 events of a user.
 
-    full_batch: impressions of a step of exact attention, whose memory grows with both.
+    full_batch: impressions of a step of exact attention, whose memory grows with both. device: as `vql train` has it,
+    with products in bfloat16 where it is no CPU.
     """
 
     lengths: tuple[int, ...] = (1_000, 3_000, 10_000, 20_000)
@@ -54,27 +56,36 @@ class TrainBench(msgspec.Struct, frozen=True, kw_only=True):
     batch: int = 64
     full_batch: int = 4
     threads: int = 1
+    device: str = "cpu"
     sizes: Sizes = Sizes()
 
 
 class Cost(msgspec.Struct, frozen=True, kw_only=True):
-    """ms_per_impression: of steps after the first, in the median. peak_mb: of the process, with Python and torch."""
+    """ms_per_impression: of steps after the first, in the median. peak_mb: of the process, with Python and torch.
+
+    device_peak_mb: of tensors on a device that is no CPU.
+    """
 
     ms_per_impression: float
     peak_mb: float
     steps: int
+    device_peak_mb: float | None = None
 
 
 def run_train_bench(bench: TrainBench, said: Console) -> dict[str, Any]:
     """The cost of every length, of each side."""
     figures: dict[str, Any] = {"machine": machine(), "versions": versions(), "bench": bench}
+    if usable_device(bench.device).type == "cuda":
+        figures["device"] = torch.cuda.get_device_name(bench.device)
     spawn = multiprocessing.get_context("spawn")
     for side in SIDES:
         figures[side] = {}
         for length in bench.lengths:
             with spawn.Pool(1) as alone:
                 cost = alone.apply(measure, (bench, side, length))
-            said.print(f"{side}, {length:,} events: {cost.ms_per_impression:.2f} ms, {cost.peak_mb:,.0f} MB")
+            on_device = "" if cost.device_peak_mb is None else f", {cost.device_peak_mb:,.0f} MB on the device"
+            costs = f"{cost.ms_per_impression:.2f} ms, {cost.peak_mb:,.0f} MB{on_device}"
+            said.print(f"{side}, {length:,} events: {costs}")
             figures[side][str(length)] = cost
         first, *_, last = (figures[side][str(length)].ms_per_impression for length in bench.lengths)
         figures[f"{side}_growth"] = round(last / first, 2)
@@ -87,6 +98,8 @@ def table_rows(bench: TrainBench, figures: Mapping[str, Any]) -> dict[str, list[
         costs = [figures[side][str(length)] for length in bench.lengths]
         rows[f"{side}, ms per impression"] = [f"{cost.ms_per_impression:.2f}" for cost in costs]
         rows[f"{side}, peak MB"] = [f"{cost.peak_mb:,.0f}" for cost in costs]
+        if costs[0].device_peak_mb is not None:
+            rows[f"{side}, peak MB on the device"] = [f"{cost.device_peak_mb:,.0f}" for cost in costs]
     return rows
 
 
@@ -104,6 +117,7 @@ def curve(bench: TrainBench, figures: Mapping[str, Any]) -> Figure:
 def measure(bench: TrainBench, side: str, length: int) -> Cost:
     """Steps over random users of this length. For a process of its own."""
     torch.set_num_threads(bench.threads)
+    on_gpu = torch.device(bench.device).type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         plan = _plan(bench, side, Path(folder))
         rng = np.random.default_rng(0)
@@ -123,6 +137,8 @@ def measure(bench: TrainBench, side: str, length: int) -> Cost:
             run.step += 1
             started_s = time.perf_counter()
             step(run, share)
+            if on_gpu:
+                torch.cuda.synchronize()
             asked = len(share) if side == "full" else sum(len(one.end_I) for one in share)
             costs_ms.append((time.perf_counter() - started_s) * 1e3 / asked)
     # Linux counts kilobytes, macOS bytes.
@@ -131,6 +147,7 @@ def measure(bench: TrainBench, side: str, length: int) -> Cost:
         ms_per_impression=round(statistics.median(costs_ms[1:] or costs_ms), 3),
         peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1),
         steps=len(costs_ms),
+        device_peak_mb=round(torch.cuda.max_memory_allocated() / 2**20, 1) if on_gpu else None,
     )
 
 
@@ -144,6 +161,8 @@ def _plan(bench: TrainBench, side: str, folder: Path) -> TrainPlan:
         actions=[OTHER_ACTION, "view"],
         field_rows=[bench.items + 1, 101],
         batch=bench.full_batch if side == "full" else bench.batch,
+        device=bench.device,
+        bfloat16=bench.device != "cpu",
     )
 
 

@@ -163,6 +163,7 @@ def read(
 def train(
     output: Output,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    device: Annotated[str, typer.Option(help="As vql train has it: cpu, cuda or cuda:N")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="A smoke run: short histories. Figures say little.")] = False,
 ) -> None:
     """What an impression costs to train when its user has 1,000, 3,000, 10,000 or 20,000 events, and the memory.
@@ -182,10 +183,17 @@ def train(
     from models.checkpoint import Sizes
     from models.files import replace_file
 
-    plan = TrainBench(threads=threads)
+    plan = TrainBench(threads=threads, device=device)
     if quick:
         plan = TrainBench(
-            lengths=(50, 200), users=4, impressions=4, candidates=5, items=300, batch=8, sizes=Sizes(codewords=16)
+            lengths=(50, 200),
+            users=4,
+            impressions=4,
+            candidates=5,
+            items=300,
+            batch=8,
+            device=device,
+            sizes=Sizes(codewords=16),
         )
     figures = run_train_bench(plan, out)
     write_figures(output, figures)

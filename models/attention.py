@@ -169,6 +169,12 @@ def entries_at(cache: CacheBatch, kernel: Kernel, now_ms_B: Int64[torch.Tensor, 
     return Entries(log_mass_BHK, (share_BHKR[..., None] * cache.mean_BHKRD).sum(dim=-2))
 
 
+def log_mass_at(cache: CacheBatch, kernel: Kernel, now_ms_B: Int64[torch.Tensor, "B"]) -> Float64[torch.Tensor, "B H"]:
+    """log sum_j M_hj(now): how much each head has to attend to. -inf where there is nothing."""
+    log_mass_BH1R = cache.mass_BHKR.clamp(min=0).sum(dim=2, keepdim=True, dtype=torch.float64).log()
+    return masses_now(log_mass_BH1R, now_ms_B - cache.reference_ms_B, kernel)[0][..., 0]
+
+
 def weighed_at(cache: CacheBatch, kernel: Kernel, now_ms_B: Int64[torch.Tensor, "B"]) -> Weighed:
     """The caches as of these times, without logarithms where a single rate needs none."""
     if cache.mass_BHKR.shape[-1] == 1:

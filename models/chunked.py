@@ -19,10 +19,10 @@ Knows nothing of items, users or training. Shapes: as in `states`, with S events
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch.nn import functional
 
 from models.attention import Kernel, attention_weights, centred, log_weights, masses_now, nothing
@@ -31,6 +31,13 @@ from models.states import Impressions, Marks, States, Timelines, carry_back, val
 # Events whose keys' gradients are summed at once: E x D numbers for each of them and each head.
 EVENTS_AT_ONCE = 8_192
 _NOWHERE = -1e12
+
+
+class Seen(NamedTuple):
+    """What each impression's candidates see, and log sum_i w_i kappa_h(now - t_i) of all events before it."""
+
+    out_BCHD: Float[torch.Tensor, "B C H D"]
+    log_mass_BH: Float64[torch.Tensor, "B H"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,7 +57,7 @@ def read_timelines(
     codeword_HKE: Float[torch.Tensor, "H K E"],
     kernel: Kernel,
     chunk: int,
-) -> Float[torch.Tensor, "B C H D"]:
+) -> Seen:
     """What each impression's candidates see of the events before it. `chunk` changes cost and memory, not a result."""
     with torch.autocast(asked.query_BCHE.device.type, enabled=False):
         return _read_timelines(asked, events, codeword_HKE, kernel, chunk)
@@ -58,7 +65,7 @@ def read_timelines(
 
 def _read_timelines(
     asked: Impressions, events: Timelines, codeword_HKE: torch.Tensor, kernel: Kernel, chunk: int
-) -> torch.Tensor:
+) -> Seen:
     dtype, codewords = asked.query_BCHE.dtype, codeword_HKE.shape[1]
     states = States.of(events, Marks.of(asked, chunk), kernel.rate_HR, codewords)
     place_BS, real_BS = _own_chunk(asked, chunk)
@@ -69,7 +76,8 @@ def _read_timelines(
     query_BHCE = asked.query_BCHE.transpose(1, 2)
     key_BHSE = _take(events.key_MHE, place_BS).transpose(1, 2)
     logit_BHCX = torch.cat([query_BHCE @ codeword_HKE.transpose(-1, -2), query_BHCE @ key_BHSE.transpose(-1, -2)], -1)
-    bias_BHX = centred(torch.cat([log_mass_BHK, log_own_BHS], dim=-1), dtype)
+    log_BHX = torch.cat([log_mass_BHK, log_own_BHS], dim=-1)
+    bias_BHX = centred(log_BHX, dtype)
     weight_BHCX = attention_weights(logit_BHCX, bias_BHX)
     seen_BHKD = (share_BHKR[..., None] * _means(states, events.value_MHD)).sum(dim=-2)
     value_BHXD = torch.cat([seen_BHKD, _take(events.value_MHD, place_BS).transpose(1, 2)], dim=-2)
@@ -82,7 +90,8 @@ def _read_timelines(
         share_BHKR=share_BHKR.detach(),
         out_BCHD=out_BCHD.detach(),
     )
-    return out_BCHD + _StateKeys.apply(events.key_MHE, events.value_MHD.detach(), seen)
+    out_BCHD = out_BCHD + _StateKeys.apply(events.key_MHE, events.value_MHD.detach(), seen)
+    return Seen(out_BCHD, log_BHX.detach().logsumexp(dim=-1))
 
 
 class _StateKeys(torch.autograd.Function):

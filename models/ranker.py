@@ -12,20 +12,22 @@ Shapes: as in `attention`; N items, d model width, V = H * D all value widths, F
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, Integer
+from jaxtyping import Float, Float64, Int64, Integer
 from msgspec import structs
 from torch import nn
 from torch.nn import functional
 
 from models.attention import (
     CacheBatch,
-    history_bias,
+    centred,
+    log_mass_at,
+    log_weights,
     normed_heads,
     read,
     read_counts,
@@ -79,7 +81,10 @@ class HistoryReader(Protocol):
     def __call__(
         self, candidate_BCd: torch.Tensor, encoder: ItemEncoder, request: Request | TimelineBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The history as seen by each candidate (B C V) and an auxiliary loss (scalar)."""
+        """The history as seen by each candidate (B C V) and an auxiliary loss (scalar).
+
+        What is beyond V the head takes as it is: as many numbers as the reader's `told`, if it has that.
+        """
         ...
 
 
@@ -148,7 +153,13 @@ class VqlHistory(nn.Module):
     """Attention over the whole history with grouped, quantised keys (VQL, arXiv 2508.17125).
 
     Where sizes have one, a window over the newest events adds what it sees (`models.window`).
+
+    A softmax has a total of 1, whether it is over three events or ten thousand. So beside what candidates see the head
+    is told how much there was to see: log(1 + sum_i w_i kappa_h(now - t_i)) of each head, standardised.
     """
+
+    mass_centre_H: torch.Tensor
+    mass_scale_H: torch.Tensor
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -164,6 +175,9 @@ class VqlHistory(nn.Module):
         group_width = sizes.heads // sizes.groups * sizes.key_width
         self.codebook = Codebook(sizes.groups, sizes.codewords, group_width)
         self.category_field = shape.category_field
+        self.told = sizes.heads
+        self.register_buffer("mass_centre_H", torch.zeros(sizes.heads))
+        self.register_buffer("mass_scale_H", torch.ones(sizes.heads))
         self.window = Window(sizes, shape.newest_half_life_ms, shape.actions) if sizes.newest else None
         if self.window is not None:
             # As the candidate's own projection does, it starts as the values of the history.
@@ -178,13 +192,13 @@ class VqlHistory(nn.Module):
         x_Ud = encoder.encode(feature_UF)
         key_UHE, commitment = self._quantised(self.keys(x_Ud), self._given(feature_UF))
         value_BLHD = _take(self.values(x_Ud), at_BL) + _take(self.action_value_AHD, history.action_BL)
-        bias_BHL = history_bias(self.kernel(), history.time_ms_BL, history.weight_BL, request.now_ms_B)
-        out_BCHD = read_history(self.queries(candidate_BCd), _take(key_UHE, at_BL), value_BLHD, bias_BHL)
+        log_BHL = log_weights(self.kernel(), history.time_ms_BL, history.weight_BL, request.now_ms_B)
+        out_BCHD = read_history(self.queries(candidate_BCd), _take(key_UHE, at_BL), value_BLHD, centred(log_BHL))
         if self.window is not None:
             event_BLd = functional.embedding(at_BL[:, -self.sizes.newest :], x_Ud)
             newest = history.newest(self.sizes.newest)
             out_BCHD = out_BCHD + self.window(candidate_BCd, event_BLd, newest, request.now_ms_B)
-        return out_BCHD.flatten(2), commitment
+        return self.with_mass(out_BCHD.flatten(2), log_BHL.detach().logsumexp(dim=-1)), commitment
 
     def _of_timelines(
         self, candidate_BCd: torch.Tensor, encoder: ItemEncoder, batch: TimelineBatch
@@ -210,23 +224,40 @@ class VqlHistory(nn.Module):
             end_B=batch.end_B,
             now_ms_B=batch.now_ms_B,
         )
-        out_BCHD = read_timelines(asked, events, self.codewords(), self.kernel(), CHUNK)
+        out_BCHD, log_mass_BH = read_timelines(asked, events, self.codewords(), self.kernel(), CHUNK)
         if self.window is not None:
             place_BL, newest = newest_before(batch, self.sizes.newest)
             event_BLd = functional.embedding(at_M[place_BL], x_Ud)
             out_BCHD = out_BCHD + self.window(candidate_BCd, event_BLd, newest, batch.now_ms_B)
-        return out_BCHD.flatten(2), commitment
+        return self.with_mass(out_BCHD.flatten(2), log_mass_BH), commitment
 
     def from_cache(
         self, candidate_BCd: torch.Tensor, encoder: ItemEncoder, cache: CacheBatch, now_ms_B: torch.Tensor
-    ) -> Float[torch.Tensor, "B C V"]:
+    ) -> Float[torch.Tensor, "B C X"]:
         """The same vector, read from caches instead of the history. Raises ValueError as `Window.newest_in`."""
         out_BCHD = read(self.queries(candidate_BCd), self.codewords(), cache, self.kernel(), now_ms_B)
         if self.window is not None:
             newest = self.window.newest_in(cache)
             event_BLd = encoder(encoder.known(newest.item_BL))
             out_BCHD = out_BCHD + self.window(candidate_BCd, event_BLd, newest, now_ms_B)
-        return out_BCHD.flatten(2)
+        return self.with_mass(out_BCHD.flatten(2), log_mass_at(cache, self.kernel(), now_ms_B))
+
+    def with_mass(
+        self, seen_BCV: Float[torch.Tensor, "B C V"], log_mass_BH: Float64[torch.Tensor, "B H"]
+    ) -> Float[torch.Tensor, "B C X"]:
+        """What candidates see, and beside it how much there was to see: X = V + H."""
+        log_BH = functional.softplus(log_mass_BH.detach()).float()
+        mass_BH = (log_BH - self.mass_centre_H) * self.mass_scale_H
+        return torch.cat([seen_BCV, mass_BH[:, None].expand(-1, seen_BCV.shape[1], -1)], dim=-1)
+
+    @torch.no_grad()
+    def standardise_mass(self, requests: Iterable[Request]) -> None:
+        """Let the head see masses with the mean 0 and the deviation 1 that they have over these requests."""
+        kernel = self.kernel()
+        asked = [(one.history, one.now_ms_B) for one in requests]
+        logs = [log_weights(kernel, past.time_ms_BL, past.weight_BL, now_ms_B) for past, now_ms_B in asked]
+        log_NH = functional.softplus(torch.cat([log_BHL.logsumexp(dim=-1) for log_BHL in logs])).float()
+        _standardise(log_NH, self.mass_centre_H, self.mass_scale_H)
 
     def queries(self, x_BCd: torch.Tensor) -> Float[torch.Tensor, "B C H E"]:
         """Layer-normed queries, scaled by the temperature and 1 / sqrt(E)."""
@@ -307,13 +338,14 @@ class Ranker(nn.Module):
         value = getattr(history, "value", None)
         if isinstance(value, nn.Linear):
             self.candidate.weight.data.copy_(value.weight.data)
-        self.head = nn.Sequential(nn.Linear(3 * value_width + self.count_width, 64), nn.ReLU(), nn.Linear(64, 1))
+        given = 3 * value_width + getattr(history, "told", 0) + self.count_width
+        self.head = nn.Sequential(nn.Linear(given, 64), nn.ReLU(), nn.Linear(64, 1))
 
     def forward(self, request: Request | TimelineBatch) -> tuple[Float[torch.Tensor, "B C"], Float[torch.Tensor, ""]]:
         """Logits from raw events, and the history's auxiliary loss: the training form. Only VQL reads timelines."""
         x_BCd = self.encoder(request.candidate_BC)
-        seen_BCV, auxiliary = self.history(x_BCd, self.encoder, request)
-        return self.logits(x_BCd, seen_BCV, request.count_BCX), auxiliary
+        seen_BCX, auxiliary = self.history(x_BCd, self.encoder, request)
+        return self.logits(x_BCd, seen_BCX, request.count_BCX), auxiliary
 
     def from_cache(
         self,
@@ -325,8 +357,8 @@ class Ranker(nn.Module):
         if not isinstance(self.history, VqlHistory):
             raise TypeError(f"{type(self.history).__name__} cannot be read from a cache")
         x_BCd = self.encoder(candidate_BC)
-        seen_BCV = self.history.from_cache(x_BCd, self.encoder, cache, now_ms_B)
-        return self.logits(x_BCd, seen_BCV, self.counts_from_cache(candidate_BC, cache, now_ms_B))
+        seen_BCX = self.history.from_cache(x_BCd, self.encoder, cache, now_ms_B)
+        return self.logits(x_BCd, seen_BCX, self.counts_from_cache(candidate_BC, cache, now_ms_B))
 
     def counts_from_cache(
         self, candidate_BC: torch.Tensor, cache: CacheBatch, now_ms_B: torch.Tensor
@@ -339,26 +371,28 @@ class Ranker(nn.Module):
     def logits(
         self,
         x_BCd: Float[torch.Tensor, "B C d"],
-        seen_BCV: Float[torch.Tensor, "B C V"],
+        seen_BCX: Float[torch.Tensor, "B C X1"],
         count_BCX: Float[torch.Tensor, "B C X"] | None = None,
     ) -> Float[torch.Tensor, "B C"]:
-        """Logits from the candidates' vectors, what each of them sees of the history, and counts (None: no counts).
+        """Logits from the candidates' vectors, what each of them sees of the history with what the head is told
+        beside it, and counts (None: no counts).
 
         Raises ValueError as `head_logits`.
         """
-        return self.head_logits(self.candidate(x_BCd), seen_BCV, count_BCX)
+        return self.head_logits(self.candidate(x_BCd), seen_BCX, count_BCX)
 
     def head_logits(
         self,
         candidate_BCV: Float[torch.Tensor, "B C V"],
-        seen_BCV: Float[torch.Tensor, "B C V"],
+        seen_BCX: Float[torch.Tensor, "B C X1"],
         count_BCX: Float[torch.Tensor, "B C X"] | None = None,
     ) -> Float[torch.Tensor, "B C"]:
         """The same from the candidates as values (`candidate`), which a server has made for all items.
 
         Raises ValueError for counts that the head does not know, or for none where it needs them.
         """
-        parts = [candidate_BCV, seen_BCV, candidate_BCV * seen_BCV]
+        seen_BCV = seen_BCX[..., : candidate_BCV.shape[-1]]
+        parts = [candidate_BCV, seen_BCX, candidate_BCV * seen_BCV]
         width = 0 if count_BCX is None else count_BCX.shape[-1]
         if width != self.count_width:
             raise ValueError(f"{width} counts for a head of {self.count_width}; collate with the ranker's counter")
@@ -372,10 +406,7 @@ class Ranker(nn.Module):
 
         A user's events in a category are many, an item's are few: unscaled, the head learns the item's too late.
         """
-        logs_NX = count_NX.log1p()
-        self.count_centre_X.copy_(logs_NX.mean(dim=0))
-        deviation_X = logs_NX.std(dim=0, correction=0)
-        self.count_scale_X.copy_(torch.where(deviation_X > 1e-3, 1 / deviation_X, 1.0))
+        _standardise(count_NX.log1p(), self.count_centre_X, self.count_scale_X)
 
     @property
     def counter(self) -> Counter | None:
@@ -383,6 +414,13 @@ class Ranker(nn.Module):
         if self.counting is None:
             return None
         return Counter(plan=self.counting, cell_MQ=self.cell_MQ.cpu().numpy())
+
+
+def _standardise(x_NX: torch.Tensor, centre_X: torch.Tensor, scale_X: torch.Tensor) -> None:
+    """What brings the columns to a mean of 0 and a deviation of 1; one that hardly varies is not blown up."""
+    centre_X.copy_(x_NX.mean(dim=0))
+    deviation_X = x_NX.std(dim=0, correction=0)
+    scale_X.copy_(torch.where(deviation_X > 1e-3, 1 / deviation_X, 1.0))
 
 
 def _take(rows: torch.Tensor, at_BL: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from models.attention import (
     Entries,
     Weighed,
     entries_at,
+    log_mass_at,
     log_weights,
     read_entries,
     weighed_at,
@@ -49,7 +50,7 @@ class ServedRanker:
         history = ranker.history
         if not isinstance(history, VqlHistory):
             raise TypeError(f"{type(history).__name__} cannot be read from a cache")
-        self.ranker = ranker
+        self.ranker, self._history = ranker, history
         self._candidate_MV = of_items(ranker, ranker.candidate)
         self._window = None if history.window is None else ServedWindow(ranker, history.window)
         codeword_HKE, self._kernel = history.codewords().contiguous(), history.kernel()
@@ -81,8 +82,9 @@ class ServedRanker:
         seen_BCV = self.queries.read(candidate_BC, self._codeword_1HKE, entries)
         if self._window is not None:
             seen_BCV = seen_BCV + self._window.read(candidate_BC, cache, now_ms_B)
+        seen_BCX = self._history.with_mass(seen_BCV, log_mass_at(cache, self._kernel, now_ms_B))
         counts = self._counts(candidate_BC, cache, now_ms_B)
-        return self.ranker.head_logits(_rows(self._candidate_MV, candidate_BC), seen_BCV, counts)
+        return self.ranker.head_logits(_rows(self._candidate_MV, candidate_BC), seen_BCX, counts)
 
     def _counts(
         self, candidate_BC: torch.Tensor, cache: CacheBatch, now_ms_B: torch.Tensor

@@ -32,6 +32,7 @@ from models.item_context import Context
 from models.ranker import Ranker, Shape, VqlHistory, loss
 from models.request import Impression, Request, Timeline, TimelineBatch, collate, collate_timelines, counted
 from models.rivals import new_history
+from models.rivals.full import FullHistory
 from models.stopping import Patience, auc_within
 from models.timelines import (
     CELLS,
@@ -52,7 +53,7 @@ EXACT_SHARE = 0.3
 KEY_SAMPLE = 20_000
 # Items of a step that move the codewords, at most: long timelines have more, and as good a mean with these.
 MOVING_ITEMS = 4_096
-# Batches whose counts say what is much and what is little.
+# Batches whose counts and masses say what is much and what is little.
 COUNTED_BATCHES = 64
 # Batches of held-out users that are looked at after an epoch.
 HELD_OUT_BATCHES = 64
@@ -185,11 +186,13 @@ def begin(plan: TrainPlan, world: int = 1) -> Run:
     """A run before its first step."""
     torch.manual_seed(plan.seed)
     ranker = new_ranker(plan)
+    first = _train_files(plan)[:1]
+    shares = list(islice(batches(first, plan.batch, seed=plan.seed, epoch=0), COUNTED_BATCHES))
     if ranker.counter is not None:
-        first = _train_files(plan)[:1]
-        shares = islice(batches(first, plan.batch, seed=plan.seed, epoch=0), COUNTED_BATCHES)
         counts = [count_CX for share in shares for count_CX in counted(share, ranker.counter) or []]
         ranker.standardise_counts(torch.from_numpy(np.concatenate(counts)))
+    if isinstance(ranker.history, VqlHistory | FullHistory):
+        ranker.history.standardise_mass(collate(share, plan.length) for share in shares)
     if ranker.encoder.vectors is not None:
         ranker.encoder.vectors.standardise()
     if plan.warm is not None:

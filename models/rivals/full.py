@@ -5,9 +5,12 @@ Projections, layer norms, temperature, temporal kernel and values are VQL's own;
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from models.ranker import Shape, VqlHistory
+from models.request import Request
 from models.rivals.events import EVENT_BYTES
 
 
@@ -22,6 +25,15 @@ class FullHistory(nn.Module):
     def value(self) -> nn.Linear:
         """Where the candidate's own projection starts."""
         return self.attention.value
+
+    @property
+    def told(self) -> int:
+        """What its head is given beside what candidates see."""
+        return self.attention.told
+
+    def standardise_mass(self, requests: Iterable[Request]) -> None:
+        """As VQL's."""
+        self.attention.standardise_mass(requests)
 
     def user_bytes(self, length: int) -> int:
         """Every event."""

@@ -86,7 +86,7 @@ def case(rates: int, seed: int = 0, wait_ms: int = HOUR_MS) -> Case:
 
 
 def chunked(of: Case, chunk: int) -> torch.Tensor:
-    return read_timelines(asked(of), events(of), of.codeword_HKE, of.kernel, chunk)
+    return read_timelines(asked(of), events(of), of.codeword_HKE, of.kernel, chunk).out_BCHD
 
 
 def asked(of: Case) -> Impressions:
@@ -116,6 +116,19 @@ def one_by_one(of: Case) -> torch.Tensor:
         key, value = of.straight_MHE[None, first:end], of.value_MHD[None, first:end]
         out.append(read_history(of.query_BCHE[b : b + 1], key, value, bias_HL[None]))
     return torch.cat(out)
+
+
+@pytest.mark.parametrize("rates", [1, 2])
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_the_mass_is_that_of_all_events_before(chunk, rates):
+    of = case(rates)
+    found = read_timelines(asked(of), events(of), of.codeword_HKE, of.kernel, chunk).log_mass_BH
+    assert not found.requires_grad
+    for b, (first, end) in enumerate(zip(of.first_B.tolist(), of.end_B.tolist(), strict=True)):
+        age_L = (of.now_ms_B[b] - of.time_ms_M[first:end]).double()
+        kappa_HL = (of.log_weight_HR.exp()[..., None] * torch.exp(-of.rate_HR[..., None] * age_L)).sum(dim=1)
+        wanted_H = (kappa_HL * of.weight_M[first:end]).sum(dim=1).detach()
+        torch.testing.assert_close(found[b].exp(), wanted_H, rtol=1e-9, atol=1e-12)
 
 
 def gradients(of: Case, out: torch.Tensor) -> list[torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 from msgspec import structs
 from torch.nn.functional import pad
 
-from models.attention import CacheBatch, read_counts
+from models.attention import CacheBatch, log_mass_at, read_counts
 from models.cache import CacheSpec, EncodedEvents, empty, fold
 from models.counts import CountedEvents, CountPlan
 from models.counts import fold as fold_counts
@@ -197,12 +197,58 @@ def test_the_head_sees_logs_of_counts_of_mean_0_and_deviation_1():
     ranker.standardise_counts(count_NX)
     seen: list[torch.Tensor] = []
     ranker.head.register_forward_pre_hook(lambda _, given: seen.append(given[0][..., -4:]))
-    width = SIZES.heads * SIZES.value_width
+    width = SIZES.heads * (SIZES.value_width + 1)
     ranker.logits(torch.zeros(1, 400, SIZES.width), torch.zeros(1, 400, width), count_NX[None])
     np.testing.assert_allclose(seen[0][0].mean(dim=0), 0, atol=1e-5)
     np.testing.assert_allclose(seen[0][0, :, :3].std(dim=0, correction=0), 1, rtol=1e-4)
     # What is the same of all candidates stays so, and finite.
     np.testing.assert_allclose(seen[0][0, :, 3], 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["vql", "full"])
+@torch.inference_mode()
+def test_the_head_is_told_how_much_there_was_to_see(tmp_path, model):
+    """Twice the same history looks the same to a softmax."""
+    ranker, request = new_ranker(model), collate(impressions(tmp_path)[:20])
+    twice = replace(request, history=replace(request.history, weight_BL=2 * request.history.weight_BL))
+    x_BCd, width = ranker.encoder(request.candidate_BC), SIZES.heads * SIZES.value_width
+    once, more = (ranker.history(x_BCd, ranker.encoder, each)[0] for each in (request, twice))
+    torch.testing.assert_close(more[..., :width], once[..., :width], atol=1e-6, rtol=1e-5)
+    # The last head never forgets.
+    kernel = (ranker.history if model == "vql" else ranker.history.attention).kernel()
+    mass_B = kernel.log_weight_HR[-1, 0].exp() * request.history.weight_BL.sum(dim=1)
+    torch.testing.assert_close(once[:, 0, -1], mass_B.log1p())
+    torch.testing.assert_close(more[:, 0, -1], (2 * mass_B).log1p())
+    assert (ranker(twice)[0] - ranker(request)[0]).abs().max() > 1e-3
+
+
+@torch.inference_mode()
+def test_masses_have_mean_0_and_deviation_1_in_the_requests_that_say_so(tmp_path):
+    ranker = new_ranker()
+    requests = [collate(impressions(tmp_path)[at : at + 20]) for at in range(0, 160, 20)]
+    ranker.history.standardise_mass(requests)
+    told = [
+        ranker.history(ranker.encoder(r.candidate_BC), ranker.encoder, r)[0][:, 0, -SIZES.heads :] for r in requests
+    ]
+    np.testing.assert_allclose(torch.cat(told).mean(dim=0), 0, atol=1e-4)
+    np.testing.assert_allclose(torch.cat(told).std(dim=0, correction=0), 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("rates", [1, 2])
+@torch.inference_mode()
+def test_the_mass_of_nobody_and_of_a_long_silence_is_none_and_before_the_last_event_finite(tmp_path, rates):
+    ranker, batch = new_ranker(rates=rates), impressions(tmp_path)[:8]
+    caches, kernel = caches_of(ranker, batch, rates), ranker.history.kernel()
+    caches.mass_BHKR[0] = 0
+    asked = ranker.encoder(collate(batch).candidate_BC), ranker.encoder, caches
+    for wait_ms in (0, 10**13, -(10**11)):
+        seen = ranker.history.from_cache(*asked, caches.reference_ms_B + wait_ms)
+        assert seen.isfinite().all()
+        assert not seen[0].any()
+    mass_BH = log_mass_at(caches, kernel, caches.reference_ms_B + 10**13).exp()
+    # Two heads have forgotten all at any of their rates; the last never forgets all.
+    assert (mass_BH[1:, 1:3] == 0).all()
+    assert (mass_BH[1:, 3] > 1).all()
 
 
 @torch.inference_mode()

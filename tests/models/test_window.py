@@ -163,5 +163,5 @@ def test_an_absent_user_sees_zeros():
     nobody = CacheBatch.of(new_spec(1), [None], newest=padding)
     candidate_1C = torch.arange(1, 6)[None]
     x_1Cd = ranker.encoder(candidate_1C)
-    wanted = ranker.logits(x_1Cd, torch.zeros(1, 5, SIZES.heads * SIZES.value_width))
+    wanted = ranker.logits(x_1Cd, torch.zeros(1, 5, SIZES.heads * (SIZES.value_width + 1)))
     assert torch.equal(ranker.from_cache(candidate_1C, nobody, torch.tensor([NOW_MS])), wanted)

@@ -14,7 +14,7 @@ from tests.models.test_ranker import impressions, new_ranker
 
 
 def asked(folder: Path, model: str) -> tuple[Ranker, Impression, np.ndarray]:
-    """A rival, an impression, and what the rival reads of its history for its candidates (C V)."""
+    """A rival, an impression, and what the rival reads of its history for its candidates (C V, or wider)."""
     ranker, one = new_ranker(model), impressions(folder)[5]
     one = replace(one, weight_L=np.where(np.arange(len(one.weight_L)) == 1, 0.5, one.weight_L))
     with torch.no_grad():

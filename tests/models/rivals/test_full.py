@@ -16,7 +16,9 @@ def normed(x: np.ndarray) -> np.ndarray:
 
 
 def test_full_attention_is_softmax_over_exact_keys_with_the_kernel(tmp_path: Path) -> None:
-    """o_h = sum_i w_i kappa_h(now - t_i) exp(q.k_i) v_i / sum_i w_i kappa_h(now - t_i) exp(q.k_i)."""
+    """o_h = sum_i w_i kappa_h(now - t_i) exp(q.k_i) v_i / sum_i w_i kappa_h(now - t_i) exp(q.k_i), and beside it
+    log(1 + sum_i w_i kappa_h(now - t_i)).
+    """
     ranker, one, seen = asked(tmp_path, "full")
     p = {name.removeprefix("attention."): value for name, value in parameters(ranker).items()}
     x = vectors(ranker, one.item_L)
@@ -24,11 +26,13 @@ def test_full_attention_is_softmax_over_exact_keys_with_the_kernel(tmp_path: Pat
     query *= np.exp(p["log_temperature_H"])[:, None] / np.sqrt(SIZES.key_width)
     key = normed(x @ p["key.weight"].T)
     value = (x @ p["value.weight"].T).reshape(len(x), SIZES.heads, -1) + p["action_value_AHD"][one.action_L]
+    seen_CHD, told_CH = seen[:, : -SIZES.heads].reshape(4, SIZES.heads, -1), seen[:, -SIZES.heads :]
     for h, (half_life_ms,) in enumerate(LIVES[1]):
         decay = 1.0 if half_life_ms is None else 0.5 ** ((one.now_ms - one.time_ms_L) / half_life_ms)
         kappa = np.log1p(np.exp(p["kernel.raw_HR"][h, 0])) * decay
         wanted = softmax(query[:, h] @ key[:, h].T + np.log(one.weight_L * kappa)) @ value[:, h]
-        np.testing.assert_allclose(seen.reshape(4, SIZES.heads, -1)[:, h], wanted, atol=1e-5)
+        np.testing.assert_allclose(seen_CHD[:, h], wanted, atol=1e-5)
+        np.testing.assert_allclose(told_CH[:, h], np.log1p((one.weight_L * kappa).sum()), rtol=1e-5)
 
 
 @torch.inference_mode()
