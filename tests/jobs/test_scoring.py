@@ -167,7 +167,7 @@ def test_behind_more_late_events_than_a_row_keeps_beside_the_newest_the_newest_a
 def test_a_user_without_a_row_has_scores_as_without_events(tmp_path):
     scorer = window_scorer(tmp_path, {"v": in_order(20, 4)})
     x_1Cd = scorer.ranker.encoder(torch.from_numpy(scorer.table.lookup(CANDIDATES)))[None]
-    width = SIZES.heads * SIZES.value_width
+    width = SIZES.heads * (SIZES.value_width + 1)
     with torch.inference_mode():
         wanted = scorer.ranker.logits(x_1Cd, torch.zeros(1, len(CANDIDATES), width))[0].numpy()
     assert scores_of(scorer, "nobody") == pytest.approx(wanted, abs=1e-6)
