@@ -217,3 +217,27 @@ def _window_loop(
 
 
 window_kernel = numba.njit(cache=True, nogil=True)(unwrap(_window_loop))
+
+
+def _mass_loop(seen_BCV, mass_BHKR, age_ms_B, log_weight_HR, rate_HR, centre_H, scale_H, out_BCX):
+    """`VqlHistory.with_mass` of `models.attention.log_mass_at`, from masses of these ages: out has V + H columns."""
+    users, heads, codewords, rates = mass_BHKR.shape
+    width = seen_BCV.shape[2]
+    log_R = np.empty(rates)
+    for b in range(users):
+        out_BCX[b, :, :width] = seen_BCV[b]
+        for h in range(heads):
+            for r in range(rates):
+                total = 0.0
+                for k in range(codewords):
+                    total += max(np.float64(mass_BHKR[b, h, k, r]), 0.0)
+                log_R[r] = np.log(total) + log_weight_HR[h, r] - rate_HR[h, r] * age_ms_B[b] if total > 0 else -np.inf
+            most = log_R.max()
+            told = 0.0
+            if most > -np.inf:
+                log_mass = most + np.log(np.exp(log_R - most).sum())
+                told = max(log_mass, 0.0) + np.log1p(np.exp(-abs(log_mass)))
+            out_BCX[b, :, width + h] = (np.float32(told) - centre_H[h]) * scale_H[h]
+
+
+mass_kernel = numba.njit(cache=True, nogil=True)(unwrap(_mass_loop))

@@ -29,7 +29,7 @@ from models.attention import (
 from models.checkpoint import Sizes
 from models.count_kernels import read_counts_kernel
 from models.ranker import Ranker, VqlHistory
-from models.read_kernels import read_kernel, window_kernel
+from models.read_kernels import mass_kernel, read_kernel, window_kernel
 from models.request import History
 from models.window import Window
 
@@ -62,6 +62,12 @@ class ServedRanker:
             ROUNDING * float(reach_H.max()),
             history.sizes,
         )
+        if codeword_HKE.device.type == "cpu":
+            of_kernel = self._kernel.log_weight_HR.double(), self._kernel.rate_HR.double()
+            of_mass = *of_kernel, history.mass_centre_H, history.mass_scale_H
+            self._mass_tables = [table.detach().contiguous().numpy() for table in of_mass]
+            none = np.empty((0, 0, 0), np.float32)
+            mass_kernel(none, none[..., None], np.empty(0, np.int64), *self._mass_tables, none.copy())
         if ranker.counting is not None and ranker.cell_MQ.device.type == "cpu":
             # Compiled now too, of nobody's counts.
             nobody = (np.empty((0, 0), np.int64), ranker.cell_MQ.numpy(), np.empty((0, 0), np.int32))
@@ -82,9 +88,18 @@ class ServedRanker:
         seen_BCV = self.queries.read(candidate_BC, self._codeword_1HKE, entries)
         if self._window is not None:
             seen_BCV = seen_BCV + self._window.read(candidate_BC, cache, now_ms_B)
-        seen_BCX = self._history.with_mass(seen_BCV, log_mass_at(cache, self._kernel, now_ms_B))
+        seen_BCX = self._with_mass(seen_BCV, cache, now_ms_B)
         counts = self._counts(candidate_BC, cache, now_ms_B)
         return self.ranker.head_logits(_rows(self._candidate_MV, candidate_BC), seen_BCX, counts)
+
+    def _with_mass(self, seen_BCV: torch.Tensor, cache: CacheBatch, now_ms_B: torch.Tensor) -> torch.Tensor:
+        """`VqlHistory.with_mass`, on a CPU in one call."""
+        if seen_BCV.device.type != "cpu":
+            return self._history.with_mass(seen_BCV, log_mass_at(cache, self._kernel, now_ms_B))
+        inputs = (seen_BCV, cache.mass_BHKR, now_ms_B - cache.reference_ms_B)
+        seen_BCX = np.empty((*seen_BCV.shape[:2], seen_BCV.shape[2] + self._history.told), np.float32)
+        mass_kernel(*(tensor.contiguous().numpy() for tensor in inputs), *self._mass_tables, seen_BCX)
+        return torch.from_numpy(seen_BCX)
 
     def _counts(
         self, candidate_BC: torch.Tensor, cache: CacheBatch, now_ms_B: torch.Tensor
