@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +86,13 @@ def test_it_says_what_it_read_and_which_items_it_does_not_know(checkpoint: Check
 
 
 def test_without_a_time_it_is_the_clocks(checkpoint: Checkpoint, state: Path) -> None:
-    # With one rate per head, waiting changes no score: all events of a head fade alike.
-    ranked = rank_user("u0", CANDIDATES, checkpoint.path, state)
-    assert ranked == rank_user("u0", CANDIDATES, checkpoint.path, state, NOW_MS)
+    def scores(now_ms: int | None) -> dict[str, float]:
+        found = rank_user("u0", CANDIDATES, checkpoint.path, state, now_ms).candidates
+        return {item: score for item, score, _ in found}
+
+    assert scores(None) == pytest.approx(scores(int(time.time() * 1000)), abs=1e-4)
+    # Years have gone since: how much the user does fades, and the head is told.
+    assert scores(None) != pytest.approx(scores(NOW_MS), abs=1e-3)
 
 
 def test_a_user_without_a_row_is_named(checkpoint: Checkpoint, state: Path) -> None:
