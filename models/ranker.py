@@ -253,10 +253,12 @@ class VqlHistory(nn.Module):
     @torch.no_grad()
     def standardise_mass(self, requests: Iterable[Request]) -> None:
         """Let the head see masses with the mean 0 and the deviation 1 that they have over these requests."""
-        kernel = self.kernel()
-        asked = [(one.history, one.now_ms_B) for one in requests]
-        logs = [log_weights(kernel, past.time_ms_BL, past.weight_BL, now_ms_B) for past, now_ms_B in asked]
-        log_NH = functional.softplus(torch.cat([log_BHL.logsumexp(dim=-1) for log_BHL in logs])).float()
+        kernel, logs = self.kernel(), []
+        for one in requests:
+            # Summed at once: the weights of all events of all requests would be gigabytes where histories are long.
+            log_BHL = log_weights(kernel, one.history.time_ms_BL, one.history.weight_BL, one.now_ms_B)
+            logs.append(log_BHL.logsumexp(dim=-1))
+        log_NH = functional.softplus(torch.cat(logs)).float()
         _standardise(log_NH, self.mass_centre_H, self.mass_scale_H)
 
     def queries(self, x_BCd: torch.Tensor) -> Float[torch.Tensor, "B C H E"]:

@@ -186,13 +186,11 @@ def begin(plan: TrainPlan, world: int = 1) -> Run:
     """A run before its first step."""
     torch.manual_seed(plan.seed)
     ranker = new_ranker(plan)
-    first = _train_files(plan)[:1]
-    shares = list(islice(batches(first, plan.batch, seed=plan.seed, epoch=0), COUNTED_BATCHES))
     if ranker.counter is not None:
-        counts = [count_CX for share in shares for count_CX in counted(share, ranker.counter) or []]
+        counts = [count_CX for share in _first_batches(plan) for count_CX in counted(share, ranker.counter) or []]
         ranker.standardise_counts(torch.from_numpy(np.concatenate(counts)))
     if isinstance(ranker.history, VqlHistory | FullHistory):
-        ranker.history.standardise_mass(collate(share, plan.length) for share in shares)
+        ranker.history.standardise_mass(collate(share, plan.length) for share in _first_batches(plan))
     if ranker.encoder.vectors is not None:
         ranker.encoder.vectors.standardise()
     if plan.warm is not None:
@@ -206,6 +204,11 @@ def begin(plan: TrainPlan, world: int = 1) -> Run:
         generator=torch.default_generator,
         steps=_count_steps(plan, ranker, world),
     )
+
+
+def _first_batches(plan: TrainPlan) -> Iterator[list[Impression]]:
+    """Those that say what is much and what is little."""
+    return islice(batches(_train_files(plan)[:1], plan.batch, seed=plan.seed, epoch=0), COUNTED_BATCHES)
 
 
 def _in_parallel(ranker: Ranker) -> nn.Module:

@@ -34,8 +34,9 @@ def first_steps(plan: TrainPlan, after: int) -> tuple[list[float], dict[str, tor
     values, gradients = [], {}
     for share in islice(shares, 5):
         values.append(step(run, share)[0])
-        now = {n: p.grad.to_dense().cpu().clone() for n, p in run.ranker.named_parameters() if p.grad is not None}
-        gradients = gradients or now
+        if not gradients:
+            named = run.ranker.named_parameters()
+            gradients = {name: p.grad.to_dense().cpu().clone() for name, p in named if p.grad is not None}
     return values, gradients
 
 
