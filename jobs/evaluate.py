@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +15,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from feature_repo.reader import Reader
 from jobs.protocols import seen_before
 from models.counts import Counter
+from models.files import replace_file
 from models.ranker import Ranker
 from models.request import Impression, Request, collate, counted
 
@@ -52,10 +53,9 @@ def kept_scores(path: Path, score: Callable[[], Scores]) -> Scores:
         with np.load(path) as kept:
             return Scores(**kept)
     scores = score()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(part, **{field.name: getattr(scores, field.name) for field in fields(scores)})
-    part.replace(path)
+    buffer = io.BytesIO()
+    np.savez(buffer, **{field.name: getattr(scores, field.name) for field in fields(scores)})
+    replace_file(path, buffer.getvalue())
     return scores
 
 

@@ -89,16 +89,16 @@ def run_training(spark: SparkSession, job: TrainJob, work: Path, out: Path, proc
     work = run_folder(work, job.model, facts, processes)
     try:
         if finished := _already(out, facts):
-            pinned.unlink()
+            pinned.unlink(missing_ok=True)
             return finished
         plan, vocabulary = _prepare(spark, job, work)
     except InputError:
         # Nothing was begun: the next run is to look at the log anew.
-        pinned.unlink()
+        pinned.unlink(missing_ok=True)
         raise
     _distribute(plan, processes)
     made = write_trained(job, plan, vocabulary, facts, out)
-    pinned.unlink()
+    pinned.unlink(missing_ok=True)
     return made
 
 

@@ -33,7 +33,7 @@ from jobs.study.plan import Study, Variant, check_study, lengths, seen, variants
 from jobs.train import TrainJob, digest, examples_of, item_cells, known_actions, run_folder, run_training
 from models.checkpoint import Checkpoint
 from models.errors import InputError
-from models.files import replace_file
+from models.files import locked, replace_file
 from models.item_context import Context, ContextFields
 from models.load import load_ranker
 from models.ranker import Ranker
@@ -135,10 +135,12 @@ def _log(spark: SparkSession, data: DataSet, path: Path | None, work: Path, cons
     made_of = str(data.find(path))
     log = work / f"log-{digest([data.name, made_of])}"
     whole = log / "whole"
-    if not whole.exists():
-        console.print(f"{data.name} to a log", style="dim")
-        prepare(spark, data, path, log)
-        replace_file(whole, made_of.encode())
+    # Studies may share a work folder; of two that begin, one makes the log and the other waits.
+    with locked(log.with_name(f"{log.name}.lock")):
+        if not whole.exists():
+            console.print(f"{data.name} to a log", style="dim")
+            prepare(spark, data, path, log)
+            replace_file(whole, made_of.encode())
     return log
 
 

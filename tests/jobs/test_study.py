@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -112,6 +115,24 @@ def test_a_study_says_what_each_model_is_worth_and_costs(spark, files: Path, tmp
     assert sum(path.suffix == ".npz" for path in made) == 2 * (2 + 1 + 1)
     for name in results:
         assert more["results"][name].gauc == results[name].gauc
+
+
+@pytest.mark.spark
+def test_two_studies_may_begin_at_once_in_one_folder(spark, files: Path, tmp_path: Path) -> None:
+    study = msgspec.structs.replace(STUDY, models=("no_history",), reference="no_history", seeds=1, ladder=())
+    begin = Barrier(2)
+
+    def run(_: int) -> Any:
+        begin.wait()
+        return run_study(spark, study, SHOP, files, tmp_path / "work", Console(quiet=True))["results"]
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(run, range(2))
+
+    assert one["no_history"].gauc == other["no_history"].gauc
+    # Each thing was made once: a log of a single ingest, a single training.
+    assert len(list(tmp_path.glob("work/log-*/events/_delta_log/*.json"))) == 2
+    assert len(list(tmp_path.glob("work/training/*/final.pt"))) == 1
 
 
 @pytest.mark.spark
