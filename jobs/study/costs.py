@@ -1,7 +1,7 @@
 """What a model costs who serves it: parameters, bytes kept for a user, milliseconds for 500 candidates.
 
-vql is measured as it serves: its rows as the store would hold them, and scores from caches. All others are timed on raw
-events that are at hand already; what is spent to fetch them is `vql bench rank`'s to say.
+vql is measured as it serves: its rows as the store would hold them, and scores from caches by `models.served`. All
+others are timed on raw events that are at hand already; what is spent to fetch them is `vql bench rank`'s to say.
 
 Shapes: as in models.ranker.
 """
@@ -26,6 +26,7 @@ from models.ranker import Ranker, VqlHistory
 from models.request import Impression, collate, counted
 from models.rivals.events import EVENT_BYTES
 from models.row import Fold, Row, advance, encode_row, new_row, whole_cache, whole_counts
+from models.served import ServedRanker
 from models.wire import Stamp, pack_recent
 
 CANDIDATES = 500
@@ -55,7 +56,8 @@ def costs(ranker: Ranker, checkpoint: Checkpoint, impressions: Sequence[Impressi
         fold = folded(ranker, checkpoint)
         rows = [row_of(impression, fold, length) for impression in longest]
         bytes_per_user = float(np.mean([encode_row(row).size_bytes for row in rows]))
-        calls = [_from_cache(ranker, candidate_BC, row, fold, one) for row, one in zip(rows, longest, strict=True)]
+        served = ServedRanker(ranker)
+        calls = [_from_cache(served, candidate_BC, row, fold, one) for row, one in zip(rows, longest, strict=True)]
     else:
         bytes_per_user = float(np.mean([_events_bytes(ranker, impression, length) for impression in longest]))
         calls = [_from_events(ranker, candidate_BC, impression, length) for impression in longest]
@@ -112,12 +114,12 @@ def row_of(impression: Impression, using: Fold, length: int) -> Row:
 
 
 def _from_cache(
-    ranker: Ranker, candidate_BC: torch.Tensor, row: Row, using: Fold, impression: Impression
+    served: ServedRanker, candidate_BC: torch.Tensor, row: Row, using: Fold, impression: Impression
 ) -> Callable[[], object]:
     counts = None if using.counting is None else [whole_counts(row, using)]
     caches = CacheBatch.of(using.spec, [whole_cache(row, using)], counts, newest_of([row], using))
     now_ms_B = torch.tensor([impression.now_ms])
-    return lambda: ranker.from_cache(candidate_BC, caches, now_ms_B)
+    return lambda: served.from_cache(candidate_BC, caches, now_ms_B)
 
 
 def _from_events(
