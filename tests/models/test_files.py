@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import subprocess
 import sys
 import time
@@ -68,7 +69,7 @@ def test_a_reader_and_a_restart_after_a_kill_see_a_whole_file(tmp_path):
 
 def test_what_a_killed_writer_left_does_not_stop_the_next_one(tmp_path):
     path = tmp_path / "file"
-    (tmp_path / f".file.{os.getpid()}").write_bytes(b"a part")
+    (tmp_path / f".file.{os.getpid()}.{threading.get_native_id()}").write_bytes(b"a part")
     replace_file(path, b"whole")
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"file": b"whole"}
 
