@@ -8,9 +8,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
