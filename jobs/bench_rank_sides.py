@@ -30,7 +30,7 @@ from jobs.cli_options import COUNT_HALF_LIVES
 from jobs.encode_items import encode_table
 from jobs.examples import Vocabulary
 from jobs.scoring import Asked, Scored, Scores
-from jobs.train import NEWEST, item_cells, parse_counts, parse_newest_half_lives
+from jobs.train import NEWEST, item_cells, parse_counts
 from models.attention import centred, log_weights
 from models.checkpoint import Checkpoint, Manifest, Sizes, write_checkpoint
 from models.counts import Counter
@@ -180,7 +180,6 @@ def shipped_shape(sizes: Sizes) -> Shape:
     return replace(
         bench_shape(structs.replace(sizes, newest=NEWEST)),
         counting=parse_counts(["item_id"], COUNT_HALF_LIVES),
-        newest_half_life_ms=parse_newest_half_lives([], sizes.heads),
     )
 
 
@@ -202,7 +201,6 @@ def scoring_checkpoint(path: Path, shape: Shape, seed: int = 0) -> Checkpoint:
         model="vql",
         sizes=shape.sizes,
         half_life_ms=shape.half_life_ms,
-        newest_half_life_ms=[list(head) for head in shape.newest_half_life_ms],
         counts=shape.counting,
         actions=list(ACTIONS),
         fields=["item_id"],

@@ -38,7 +38,6 @@ from jobs.cli_options import (
     Log,
     Master,
     MaxFuture,
-    NewestHalfLives,
     NoCounts,
     Number,
     State,
@@ -216,7 +215,6 @@ def train(
         int | None,
         typer.Option(min=0, help="Newest of these, which vql also attends one by one; absent: 50, W if that is less."),
     ] = None,
-    newest_half_life: NewestHalfLives = [],
     length: Annotated[
         int,
         typer.Option(min=1, help="Newest events for exact attention: all that rivals see; vql, at first."),
@@ -266,7 +264,6 @@ def train(
         parse_counts,
         parse_delay_ms,
         parse_half_lives,
-        parse_newest_half_lives,
     )
     from jobs.training_store import train_to, work_of
     from models.checkpoint import Sizes
@@ -283,7 +280,6 @@ def train(
         model=model,
         sizes=_sizes(Sizes, heads=len(half_lives), **numbers),
         half_life_ms=half_lives,
-        newest_half_life_ms=parse_newest_half_lives(newest_half_life, len(half_lives)),
         counts=None if no_counts else parse_counts(counted_fields(model, count, field), count_half_life),
         examples=ExamplePlan(per_user=per_user, seed=seed, serving_delay_ms=parse_delay_ms(serving_delay)),
         length=length,

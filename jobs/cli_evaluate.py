@@ -16,7 +16,6 @@ from jobs.cli_options import (
     CountHalfLives,
     HalfLives,
     Master,
-    NewestHalfLives,
     NoCounts,
     Number,
     Tags,
@@ -62,7 +61,6 @@ def evaluate(
     holdout: Annotated[float, typer.Option(help="The newest share of the events, on which nothing is trained.")] = 0.15,
     half_life: HalfLives = HALF_LIVES,
     newest: Annotated[int, typer.Option(min=0, max=64, help="As vql train has it; 0: no window over the newest.")] = 50,
-    newest_half_life: NewestHalfLives = [],
     number: Number = [],
     tags: Tags = [],
     vector: Vector = [],
@@ -89,7 +87,7 @@ def evaluate(
     from jobs.study.plan import Study, check_study
     from jobs.study.report import markdown, title, write_html
     from jobs.study.run import run_study
-    from jobs.train import counted_fields, parse_counts, parse_half_lives, parse_newest_half_lives
+    from jobs.train import counted_fields, parse_counts, parse_half_lives
     from models.checkpoint import Sizes
 
     half_lives = parse_half_lives(half_life)
@@ -109,7 +107,6 @@ def evaluate(
         epochs=epochs,
         sizes=Sizes(newest=newest),
         half_life_ms=half_lives,
-        newest_half_life_ms=parse_newest_half_lives(newest_half_life, len(half_lives)),
         counts=None if no_counts else parse_counts(counted_fields("vql", count, published.fields), count_half_life),
         context=declared(number, tags, vector),
     )

@@ -72,8 +72,6 @@ def _facts(opened: Checkpoint, row_bytes: int | None) -> None:
         facts["item vectors, width"] = ", ".join(f"{name} {width}" for name, width in context.vectors.items())
     if manifest.category_field is not None:
         facts["code of group 0"] = manifest.fields[manifest.category_field]
-    if manifest.newest_half_life_ms:
-        facts["their half-lives by head, days"] = _days(manifest.newest_half_life_ms)
     facts |= {f"training: {name}": str(value) for name, value in manifest.training.items()}
     if manifest.items_version is not UNSET:
         facts["training: items_version"] = str(manifest.items_version)

@@ -61,9 +61,6 @@ LOCAL = "local[2]"
 HalfLives = Annotated[
     list[str], typer.Option(help="One per head: 12h, 7d or never; commas for several rates of a head.")
 ]
-NewestHalfLives = Annotated[
-    list[str], typer.Option(help="Of the newest, as --half-life has them. Absent: 1h, 6h, 1d, 7d by turns.")
-]
 ItemsVersion = Annotated[
     int | None, typer.Option(help="Delta version of the log's items to read; newest if absent, as of the log.")
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,8 @@ from models.row import Row, encode_row
 from models.temporal import TemporalKernel
 from models.wire import RECENT, Stamp, encode_folded
 
-# The learned weights of the kernels' exponentials, before softplus (models.temporal.TemporalKernel).
-KERNEL, NEWEST_KERNEL = "history.kernel.raw_HR", "history.window.kernel.raw_HR"
+# The learned weights of the kernel's exponentials, before softplus (models.temporal.TemporalKernel).
+KERNEL = "history.kernel.raw_HR"
 DAY_MS = 86_400_000
 AGES_DAYS = np.geomspace(1 / 1440, 365, 200)
 
@@ -70,18 +69,9 @@ def _kernels(checkpoint: Checkpoint, axes: Axes) -> None:
     if KERNEL not in tensors:
         axes.set_title(f"{checkpoint.manifest.model} has no temporal kernel")
         return
-    manifest = checkpoint.manifest
-    _kernel(axes, tensors[KERNEL], manifest.half_life_ms, "-", "head")
-    if NEWEST_KERNEL in tensors:
-        _kernel(axes, tensors[NEWEST_KERNEL], manifest.newest_half_life_ms, "--", "newest, head")
-    axes.legend(fontsize="small")
-
-
-def _kernel(
-    axes: Axes, raw_HR: np.ndarray, half_life_ms: Sequence[Sequence[float | None]], line: str, what: str
-) -> None:
+    half_life_ms = checkpoint.manifest.half_life_ms
     kernel = TemporalKernel(half_life_ms)
-    kernel.load_state_dict({"raw_HR": torch.from_numpy(raw_HR)})
+    kernel.load_state_dict({"raw_HR": torch.from_numpy(tensors[KERNEL])})
     age_ms_1A = torch.from_numpy(np.append(0, AGES_DAYS * DAY_MS).astype(np.int64))[None]
     with torch.inference_mode():
         log_kappa_HA = log_weights(
@@ -90,7 +80,8 @@ def _kernel(
     kappa_HA = (log_kappa_HA - log_kappa_HA[:, :1]).exp().numpy()
     for h, half_lives in enumerate(half_life_ms):
         named = ", ".join("never" if life is None else f"{life / DAY_MS:.3g} d" for life in half_lives)
-        axes.plot(AGES_DAYS, kappa_HA[h, 1:], line, label=f"{what} {h}: {named}")
+        axes.plot(AGES_DAYS, kappa_HA[h, 1:], label=f"head {h}: {named}")
+    axes.legend(fontsize="small")
 
 
 def _attention(checkpoint: Checkpoint, axes: Axes) -> None:

@@ -100,7 +100,6 @@ def _settings(of: Manifest | TrainJob, fields: list[str], freeze: bool) -> dict[
         if context
         else [],
         "half-lives": [list(head) for head in of.half_life_ms],
-        "half-lives of the newest": [list(head) for head in of.newest_half_life_ms] if of.sizes.newest else [],
         "counts": of.counts,
         "category code": of.category_code or None,
         "sizes": _compared(of.sizes, freeze),

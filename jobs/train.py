@@ -35,19 +35,17 @@ from models.timelines import CELLS, count_impressions, drawn_events, timeline_fi
 from models.training import TrainPlan, final_parameters, train, trained_ranker
 from models.warm_start import WarmStart
 
-HOUR_MS, DAY_MS = 3_600_000.0, 86_400_000.0
+DAY_MS = 86_400_000.0
 DIAGNOSED_EVENTS = 50_000
-# What the user is after right now: half-lives of the window over the newest events, head by head.
-NEWEST_HALF_LIFE_MS = (HOUR_MS, 6 * HOUR_MS, DAY_MS, 7 * DAY_MS)
 NEWEST = 50
 
 
 class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     """What to train and on what; versions None read the newest of events and items, and record which that was.
 
-    before_ms: events from then on are as if they were not in the log. None: all of them. newest_half_life_ms: of the
-    window over the newest events, for sizes that have one. category_code: the field whose value is the code of group 0;
-    unset, all codes are learned, and nothing that is named by a job has another name than before there was the choice.
+    before_ms: events from then on are as if they were not in the log. None: all of them. category_code: the
+    field whose value is the code of group 0; unset, all codes are learned, and nothing that is named by a job has
+    another name than before there was the choice.
     device: cuda, where products outside of attention are in bfloat16; unset, the CPU.
     context: item features beside the fields; unset, there are none. parent: what it begins with; unset, with nothing.
     """
@@ -57,7 +55,6 @@ class TrainJob(msgspec.Struct, frozen=True, kw_only=True):
     model: str = "vql"
     sizes: Sizes = Sizes(newest=NEWEST)
     half_life_ms: tuple[tuple[float | None, ...], ...] = ((DAY_MS,), (7 * DAY_MS,), (28 * DAY_MS,), (None,))
-    newest_half_life_ms: tuple[tuple[float | None, ...], ...] = tuple((life,) for life in NEWEST_HALF_LIFE_MS)
     counts: CountPlan | None = None
     examples: ExamplePlan = ExamplePlan()
     length: int = 512
@@ -110,7 +107,6 @@ def write_trained(
         model=job.model,
         sizes=job.sizes,
         half_life_ms=plan.half_life_ms,
-        newest_half_life_ms=plan.newest_half_life_ms,
         actions=plan.actions,
         fields=list(vocabulary.fields),
         training=facts,
@@ -149,11 +145,10 @@ def check_job(job: TrainJob, out: Path) -> None:
     """Refuse before hours of work what cannot be trained, or would write over something that is no checkpoint."""
     if job.device:
         usable_device(job.device)
-    for half_life_ms in (job.half_life_ms, *([job.newest_half_life_ms] if job.sizes.newest else [])):
-        if len(half_life_ms) != job.sizes.heads:
-            raise InputError(f"{len(half_life_ms)} half-lives for {job.sizes.heads} heads; give one per head")
-        if len({len(head) for head in half_life_ms}) != 1:
-            raise InputError(f"every head needs as many rates as the others: {half_life_ms}")
+    if len(job.half_life_ms) != job.sizes.heads:
+        raise InputError(f"{len(job.half_life_ms)} half-lives for {job.sizes.heads} heads; give one per head")
+    if len({len(head) for head in job.half_life_ms}) != 1:
+        raise InputError(f"every head needs as many rates as the others: {job.half_life_ms}")
     if job.model.removesuffix(EXACT_COUNTS) not in HISTORIES:
         raise InputError(f"model {job.model!r} is none of {', '.join(HISTORIES)}, nor one of these with {EXACT_COUNTS}")
     if job.counts is not None and not may_count(job.model):
@@ -178,13 +173,6 @@ def check_job(job: TrainJob, out: Path) -> None:
 def parse_half_lives(texts: list[str]) -> tuple[tuple[float | None, ...], ...]:
     """One text per head, such as "12h", "7d", "never" or "1d,never". Raises InputError."""
     return tuple(tuple(_duration_ms(part, "half-life") for part in text.split(",")) for text in texts)
-
-
-def parse_newest_half_lives(texts: list[str], heads: int) -> tuple[tuple[float | None, ...], ...]:
-    """The same of the window over the newest events; for none, NEWEST_HALF_LIFE_MS by turns. Raises InputError."""
-    if texts:
-        return parse_half_lives(texts)
-    return tuple((NEWEST_HALF_LIFE_MS[head % len(NEWEST_HALF_LIFE_MS)],) for head in range(heads))
 
 
 def counted_fields(model: str, asked: list[str], fields: Sequence[str]) -> list[str]:
@@ -257,7 +245,6 @@ def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabul
         work=str(work),
         sizes=job.sizes,
         half_life_ms=[list(head) for head in job.half_life_ms],
-        newest_half_life_ms=[list(head) for head in job.newest_half_life_ms] if job.sizes.newest else [],
         actions=actions,
         field_rows=[len(values) + 1 for values in vocabulary.fields.values()],
         category_field=_place(job.category_code, vocabulary),

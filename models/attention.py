@@ -184,11 +184,11 @@ def weighed_at(cache: CacheBatch, kernel: Kernel, now_ms_B: Int64[torch.Tensor, 
 
 def read_entries(
     query_BCHE: Float[torch.Tensor, "B C H E"],
-    key_HKE: Float[torch.Tensor, "*B H K E"],
+    key_HKE: Float[torch.Tensor, "H K E"],
     entries: Entries,
     reach: float,
 ) -> Float[torch.Tensor, "B C H D"]:
-    """`read` where entries are known, and how far from 0 a logit can be; keys are the codewords, or each user's own."""
+    """`read` where entries are known, and how far from 0 a logit can be; keys are the codewords."""
     bias_BHK = centred(entries.log_mass_BHK)
     logit_BHCK = query_BCHE.transpose(1, 2) @ key_HKE.transpose(-1, -2)
     if not reach <= REACH_MAX:

@@ -69,8 +69,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """manifest.json. half_life_ms is H x R with null for "never"; actions[0] is "other"; diagnostics: of vql alone.
 
-    counts: null where none are kept. newest_half_life_ms: as half_life_ms, of the window over the newest events; empty
-    where there is none. category_code: the item field whose value is the code of group 0; absent where all are learned.
+    counts: null where none are kept. category_code: the item field whose value is the code of group 0; absent where
+    all are learned.
     trained_before_ms: events from then on are not in its training; absent where all of the log's version are.
     context: the item features beside the fields; absent where there are none. items_version: the Delta version of the
     items table that was read, as training's log_version is that of the events; absent where no items were read.
@@ -85,7 +85,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float]
     files: dict[str, str]
     counts: CountPlan | None = None
-    newest_half_life_ms: list[list[float | None]] = []
     diagnostics: Diagnostics | None = None
     format_version: int = FORMAT_VERSION
     category_code: str | msgspec.UnsetType = msgspec.UNSET

@@ -43,7 +43,6 @@ def load_ranker(
         actions=len(manifest.actions),
         field_rows=rows,
         counting=manifest.counts,
-        newest_half_life_ms=manifest.newest_half_life_ms,
         category_field=manifest.category_field,
         context=manifest.context or None,
     )

@@ -12,7 +12,7 @@ Shapes: as in `attention`; N items, d model width, V = H * D all value widths, F
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -57,8 +57,8 @@ CHUNK = 64
 class Shape:
     """All that a ranker is built from: sizes, half-lives (H x R, null: never), actions, rows per item field, counts.
 
-    newest_half_life_ms: those of the window over the newest events, for sizes that have one. category_field: the item
-    field whose value is the code of group 0, if one is. context: the item features beside the fields, if there are any.
+    category_field: the item field whose value is the code of group 0, if one is. context: the item features beside the
+    fields, if there are any.
     """
 
     sizes: Sizes
@@ -66,13 +66,12 @@ class Shape:
     actions: int
     field_rows: list[int]
     counting: CountPlan | None = None
-    newest_half_life_ms: Sequence[Sequence[float | None]] = ()
     category_field: int | None = None
     context: Context | None = None
 
     def without_window(self) -> Shape:
         """All but the window over the newest events."""
-        return replace(self, sizes=structs.replace(self.sizes, newest=0), newest_half_life_ms=())
+        return replace(self, sizes=structs.replace(self.sizes, newest=0))
 
 
 class HistoryReader(Protocol):
@@ -178,7 +177,7 @@ class VqlHistory(nn.Module):
         self.told = sizes.heads
         self.register_buffer("mass_centre_H", torch.zeros(sizes.heads))
         self.register_buffer("mass_scale_H", torch.ones(sizes.heads))
-        self.window = Window(sizes, shape.newest_half_life_ms, shape.actions) if sizes.newest else None
+        self.window = Window(sizes, shape.actions) if sizes.newest else None
         if self.window is not None:
             # As the candidate's own projection does, it starts as the values of the history.
             self.window.value.weight.data.copy_(self.value.weight.data)

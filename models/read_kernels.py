@@ -21,7 +21,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from models.item_table import UNKNOWN
 from models.memory import prefetch
 
 LANES = 16
@@ -111,12 +110,11 @@ _attend_entries = _attend()
 def read_kernel(key_width: int, value_width: int) -> Callable[..., None]:
     """`read_entries` of items by their queries in a table, for widths E and D; logits have to be within REACH_MAX."""
 
-    def read_loop(query_MX, gate_MH, item_BC, key_BHKE, mass_BHK, mean_BHKD, out_BCV):
-        """Contiguous float32, items int64; keys of one user alone are those of all.
+    def read_loop(query_MX, item_BC, key_HKE, mass_BHK, mean_BHKD, out_BCV):
+        """Contiguous float32, items int64; all users' entries have the same keys.
 
         Masses but for a factor of each head: what has no positive mass is not there, and a head that has nothing gives
-        zeros. gate_MH: what the result is multiplied by; without rows, by nothing. Raises IndexError for an item that
-        is not in the table.
+        zeros. Raises IndexError for an item that is not in the table.
         """
         heads, entries = mass_BHK.shape[1:]
         users, candidates = item_BC.shape
@@ -124,7 +122,7 @@ def read_kernel(key_width: int, value_width: int) -> Callable[..., None]:
         query_XS = np.empty((heads * key_width, LANES), np.float32)
         out_VS = np.empty((heads * value_width, LANES), np.float32)
         moment_HKX = np.empty((heads, entries, value_width + 1), np.float32)
-        query_address, key_address = query_XS.ctypes.data, key_BHKE.ctypes.data
+        query_address, key_address = query_XS.ctypes.data, key_HKE.ctypes.data
         moment_address, out_address = moment_HKX.ctypes.data, out_VS.ctypes.data
         for b in range(users):
             for c in range(candidates):
@@ -132,8 +130,6 @@ def read_kernel(key_width: int, value_width: int) -> Callable[..., None]:
                     raise IndexError("an item beyond the table of queries")
                 for line in range(0, row_bytes, CACHE_LINE_BYTES):
                     prefetch(query_MX.ctypes.data + item_BC[b, c] * row_bytes + line)
-                if gate_MH.shape[0]:
-                    prefetch(gate_MH.ctypes.data + item_BC[b, c] * 4 * heads)
             for h in range(heads):
                 largest = np.float32(0.0)
                 for k in range(entries):
@@ -151,10 +147,9 @@ def read_kernel(key_width: int, value_width: int) -> Callable[..., None]:
                     for x in range(heads * key_width):
                         query_XS[x, s] = query_MX[item, x] * LOG2_E
                 for h in range(heads):
-                    at = (b if key_BHKE.shape[0] > 1 else 0) * heads + h
                     _attend_entries(
                         query_address + 4 * h * key_width * LANES,
-                        key_address + 4 * at * entries * key_width,
+                        key_address + 4 * h * entries * key_width,
                         moment_address + 4 * h * entries * (value_width + 1),
                         entries,
                         out_address + 4 * h * value_width * LANES,
@@ -162,61 +157,10 @@ def read_kernel(key_width: int, value_width: int) -> Callable[..., None]:
                         value_width,
                     )
                 for s in range(beside):
-                    for h in range(heads):
-                        gate = gate_MH[item_BC[b, first + s], h] if gate_MH.shape[0] else np.float32(1.0)
-                        for x in range(h * value_width, (h + 1) * value_width):
-                            out_BCV[b, first + s, x] = gate * out_VS[x, s]
+                    for x in range(heads * value_width):
+                        out_BCV[b, first + s, x] = out_VS[x, s]
 
     return numba.njit(cache=True, nogil=True, error_model="numpy")(unwrap(read_loop))
-
-
-def _window_loop(
-    item_BL,
-    action_BL,
-    time_ms_BL,
-    weight_BL,
-    now_ms_B,
-    key_MX,
-    value_MV,
-    action_value_AHD,
-    log_weight_HR,
-    rate_HR,
-    key_BHLE,
-    mass_BHL,
-    value_BHLD,
-):
-    """The newest events of users as entries: keys, masses relative to each head's largest, and values.
-
-    Items beyond the tables are read as the unknown one. Raises IndexError for an action that has no value.
-    """
-    heads, length, key_width = key_BHLE.shape[1:]
-    rates, value_width = rate_HR.shape[1], value_BHLD.shape[3]
-    log_L, log_kappa_R = np.empty(length), np.empty(rates)
-    for b in range(item_BL.shape[0]):
-        for h in range(heads):
-            largest = -np.inf
-            for n in range(length):
-                log_L[n] = -np.inf
-                if weight_BL[b, n] > 0:
-                    for r in range(rates):
-                        log_kappa_R[r] = log_weight_HR[h, r] - rate_HR[h, r] * (now_ms_B[b] - time_ms_BL[b, n])
-                    slowest = log_kappa_R.max()
-                    log_L[n] = slowest + np.log(weight_BL[b, n] * np.exp(log_kappa_R - slowest).sum())
-                largest = max(largest, log_L[n])
-            for n in range(length):
-                item, action = item_BL[b, n], action_BL[b, n]
-                if not 0 <= item < key_MX.shape[0]:
-                    item = UNKNOWN
-                if not 0 <= action < action_value_AHD.shape[0]:
-                    raise IndexError("an action that has no value")
-                mass_BHL[b, h, n] = np.exp(log_L[n] - largest) if weight_BL[b, n] > 0 else 0.0
-                for e in range(key_width):
-                    key_BHLE[b, h, n, e] = key_MX[item, h * key_width + e]
-                for d in range(value_width):
-                    value_BHLD[b, h, n, d] = value_MV[item, h * value_width + d] + action_value_AHD[action, h, d]
-
-
-window_kernel = numba.njit(cache=True, nogil=True)(unwrap(_window_loop))
 
 
 def _mass_loop(seen_BCV, mass_BHKR, age_ms_B, log_weight_HR, rate_HR, centre_H, scale_H, out_BCX):

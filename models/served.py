@@ -1,14 +1,13 @@
 """A ranker as a worker serves it: the same scores as `Ranker.from_cache`, its plain twin, of the items of a table.
 
 What depends on items and parameters alone is made once: every item's query, what the head takes of it, and how far from
-0 a logit can be; and for the window over the newest events every item's query, gate, key and value.
+0 a logit can be; and for the window over the newest events every item's vector.
 
 Shapes: as in `models.ranker`; M items, X = H * E all key widths, V = H * D all value widths.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -22,16 +21,16 @@ from models.attention import (
     Weighed,
     entries_at,
     log_mass_at,
-    log_weights,
     read_entries,
     weighed_at,
 )
 from models.checkpoint import Sizes
 from models.count_kernels import read_counts_kernel
 from models.ranker import Ranker, VqlHistory
-from models.read_kernels import mass_kernel, read_kernel, window_kernel
+from models.read_kernels import mass_kernel, read_kernel
 from models.request import History
 from models.window import Window
+from models.window_kernels import events_kernel, seen_kernel
 
 ITEMS_AT_ONCE = 1 << 16
 ROUNDING = 1.001
@@ -40,7 +39,7 @@ ROUNDING = 1.001
 class ServedRanker:
     """Scores candidates from caches, as long as the parameters stay as they are.
 
-    4 (X + V) bytes for each item, and with a window 4 (2 X + V + H) more.
+    4 (X + V) bytes for each item, and with a window 4 d more.
 
     Raises TypeError for a model that reads no cache.
     """
@@ -54,11 +53,11 @@ class ServedRanker:
         self._candidate_MV = of_items(ranker, ranker.candidate)
         self._window = None if history.window is None else ServedWindow(ranker, history.window)
         codeword_HKE, self._kernel = history.codewords().contiguous(), history.kernel()
-        self._codeword_1HKE = codeword_HKE[None]
         # A layer-normed query is, before it is scaled, no longer than the square root of its width.
         reach_H = history.log_temperature_H.exp() * codeword_HKE.norm(dim=-1).amax(dim=-1)
         self.queries = ItemQueries(
             of_items(ranker, lambda x_1Nd: history.queries(x_1Nd).flatten(2)),
+            codeword_HKE,
             ROUNDING * float(reach_H.max()),
             history.sizes,
         )
@@ -85,7 +84,7 @@ class ServedRanker:
         """Logits of items by their index in the table."""
         compiled = self.queries.compiled
         entries = (weighed_at if compiled else entries_at)(cache, self._kernel, now_ms_B)
-        seen_BCV = self.queries.read(candidate_BC, self._codeword_1HKE, entries)
+        seen_BCV = self.queries.read(candidate_BC, entries)
         if self._window is not None:
             seen_BCV = seen_BCV + self._window.read(candidate_BC, cache, now_ms_B)
         seen_BCX = self._with_mass(seen_BCV, cache, now_ms_B)
@@ -116,115 +115,93 @@ class ServedRanker:
 
 
 class ItemQueries:
-    """The queries of a table's items, and attention by them to entries that have keys.
+    """The queries of a table's items, and attention by them to the entries of codewords.
 
-    gate_MH: what an item's result is multiplied by, if by anything. compiled: on a CPU, where no logit is beyond
-    REACH_MAX, by `read_kernel` in one pass; else by torch's operations.
+    compiled: on a CPU, where no logit is beyond REACH_MAX, by `read_kernel` in one pass; else by torch's operations.
     """
 
     def __init__(
         self,
         query_MX: Float[torch.Tensor, "M X"],
+        codeword_HKE: Float[torch.Tensor, "H K E"],
         reach: float,
         sizes: Sizes,
-        gate_MH: Float[torch.Tensor, "M H"] | None = None,
     ) -> None:
-        self._query_MX, self._gate_MH, self.reach, self._sizes = query_MX.contiguous(), gate_MH, reach, sizes
+        self._query_MX, self._codeword_HKE = query_MX.contiguous(), codeword_HKE
+        self.reach, self._sizes = reach, sizes
         self.compiled = query_MX.device.type == "cpu" and reach <= REACH_MAX
         if self.compiled:
             self._kernel = read_kernel(sizes.key_width, sizes.value_width)
-            gates_MH = self._query_MX[:0] if gate_MH is None else gate_MH.contiguous()
-            self._tables = self._query_MX.numpy(), gates_MH.numpy()
             # Compiled now, which takes a second where it is not on this machine's disk yet.
-            one, heads = torch.zeros(1, 1, dtype=torch.int64), (1, sizes.heads, 1)
-            self.read(
-                one,
-                torch.zeros(*heads, sizes.key_width),
-                Weighed(torch.ones(heads), torch.ones(*heads, sizes.value_width)),
-            )
+            mass_1HK = codeword_HKE.new_ones(1, *codeword_HKE.shape[:2])
+            one = Weighed(mass_1HK, mass_1HK.new_ones(*mass_1HK.shape, sizes.value_width))
+            self.read(torch.zeros(1, 1, dtype=torch.int64), one)
 
     def read(
-        self,
-        candidate_BC: Int64[torch.Tensor, "B C"],
-        key_BHKE: Float[torch.Tensor, "B2 H K E"],
-        entries: Entries | Weighed,
+        self, candidate_BC: Int64[torch.Tensor, "B C"], entries: Entries | Weighed
     ) -> Float[torch.Tensor, "B C V"]:
-        """What each candidate sees of its user's entries; keys are one user's for all, or each user's own.
+        """What each candidate sees of its user's entries.
 
         Only where compiled, entries may be weighed. Raises IndexError for an item beyond the table.
         """
         if not self.compiled:
             assert isinstance(entries, Entries)
             query_BCHE = _rows(self._query_MX, candidate_BC).unflatten(-1, (self._sizes.heads, -1))
-            seen_BCHD = read_entries(query_BCHE, key_BHKE, entries, self.reach)
-            if self._gate_MH is not None:
-                seen_BCHD = _rows(self._gate_MH, candidate_BC)[..., None] * seen_BCHD
-            return seen_BCHD.flatten(2)
+            return read_entries(query_BCHE, self._codeword_HKE, entries, self.reach).flatten(2)
         mass_BHK, mean_BHKD = entries.weighed() if isinstance(entries, Entries) else entries
         out_BCV = np.empty((*candidate_BC.shape, self._sizes.heads * self._sizes.value_width), np.float32)
-        inputs = (candidate_BC, key_BHKE, mass_BHK, mean_BHKD)
-        self._kernel(*self._tables, *(tensor.contiguous().numpy() for tensor in inputs), out_BCV)
+        inputs = (self._query_MX, candidate_BC, self._codeword_HKE, mass_BHK, mean_BHKD)
+        self._kernel(*(tensor.contiguous().numpy() for tensor in inputs), out_BCV)
         return torch.from_numpy(out_BCV)
 
 
 class ServedWindow:
-    """A window over the newest events, of the items of a table."""
+    """A window over the newest events, of the items of a table; on a CPU compiled."""
 
     def __init__(self, ranker: Ranker, window: Window) -> None:
         self._window, self._encoder = window, ranker.encoder
-        self._key_MX = of_items(ranker, lambda x_1Nd: window.keys(x_1Nd).flatten(2))
-        self._value_MV = of_items(ranker, lambda x_1Nd: window.values(x_1Nd).flatten(2))
-        self._kernel = window.kernel()
-        # Keys are layer-normed too.
-        reach = ROUNDING * float(window.log_temperature_H.exp().max()) * math.sqrt(window.sizes.key_width)
-        self.queries = ItemQueries(
-            of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).query_BCHE.flatten(2)),
-            reach,
-            window.sizes,
-            of_items(ranker, lambda x_1Nd: window.candidates(x_1Nd).gate_BCH),
-        )
-        if self.queries.compiled:
-            tables = (
-                self._key_MX,
-                self._value_MV,
-                window.action_value_AHD,
-                self._kernel.log_weight_HR.double(),
-                self._kernel.rate_HR.double(),
-            )
+        self._vector_Md = of_items(ranker, lambda x_1Nd: x_1Nd)
+        self._compiled = self._vector_Md.device.type == "cpu"
+        if self._compiled:
+            assert window.age is not None
+            ages = window.age.bucket.weight
+            tables = (self._vector_Md, window.action.weight, ages, *window.folded(), window.value.weight)
             self._tables = [table.detach().contiguous().numpy() for table in tables]
-            self.compiled_entries(History.empty(1), torch.zeros(1, dtype=torch.int64))
-
-    @property
-    def reach(self) -> float:
-        """How far from 0 the logit of an event can be."""
-        return self.queries.reach
+            slope, out_J, bias = window.last()
+            self._unit = np.float32(slope.item()), out_J.numpy(), np.float32(bias.item())
+            # Now too, of nobody's events.
+            nothing = torch.zeros(1, window.sizes.newest)
+            nobody = History(
+                item_BL=nothing.long(), action_BL=nothing.long(), time_ms_BL=nothing.long(), weight_BL=nothing
+            )
+            self._read(torch.zeros(1, 1, dtype=torch.int64), nobody, torch.zeros(1, dtype=torch.int64))
 
     def read(
         self, candidate_BC: Int64[torch.Tensor, "B C"], cache: CacheBatch, now_ms_B: Int64[torch.Tensor, "B"]
     ) -> Float[torch.Tensor, "B C V"]:
         """What is added for each candidate. Raises ValueError as `Window.newest_in`."""
-        of_events = self.compiled_entries if self.queries.compiled else self.plain_entries
-        return self.queries.read(candidate_BC, *of_events(self._window.newest_in(cache), now_ms_B))
+        newest = self._window.newest_in(cache)
+        if self._compiled:
+            return self._read(candidate_BC, newest, now_ms_B)
+        event_BLd = _rows(self._vector_Md, self._encoder.known(newest.item_BL))
+        return self._window(_rows(self._vector_Md, candidate_BC), event_BLd, newest, now_ms_B).flatten(2)
 
-    def plain_entries(self, newest: History, now_ms_B: torch.Tensor) -> tuple[torch.Tensor, Entries]:
-        """The events' keys (B H L E), and what else a read takes of them."""
-        item_BL, heads = self._encoder.known(newest.item_BL), (self._window.sizes.heads, -1)
-        value_BLHD = self._window.with_actions(_rows(self._value_MV, item_BL).unflatten(-1, heads), newest)
-        log_weight_BHL = log_weights(self._kernel, newest.time_ms_BL, newest.weight_BL, now_ms_B)
-        key_BHLE = _rows(self._key_MX, item_BL).unflatten(-1, heads).transpose(1, 2)
-        return key_BHLE, Entries(log_weight_BHL, value_BLHD.transpose(1, 2))
-
-    def compiled_entries(self, newest: History, now_ms_B: torch.Tensor) -> tuple[torch.Tensor, Weighed]:
-        """The same in one call: a dozen small operations of torch would take longer than what they do."""
-        sizes = self._window.sizes
-        shape_BHL = (len(now_ms_B), sizes.heads, newest.item_BL.shape[1])
-        key_BHLE = np.empty((*shape_BHL, sizes.key_width), np.float32)
-        mass_BHL, value_BHLD = np.empty(shape_BHL, np.float32), np.empty((*shape_BHL, sizes.value_width), np.float32)
-        events = (newest.item_BL, newest.action_BL, newest.time_ms_BL, newest.weight_BL, now_ms_B)
-        inputs = (*(each.contiguous().numpy() for each in events), *self._tables)
-        window_kernel(*inputs, key_BHLE, mass_BHL, value_BHLD)
-        key_BHLE, mass_BHL, value_BHLD = map(torch.from_numpy, (key_BHLE, mass_BHL, value_BHLD))
-        return key_BHLE, Weighed(mass_BHL, value_BHLD)
+    def _read(self, candidate_BC: torch.Tensor, newest: History, now_ms_B: torch.Tensor) -> torch.Tensor:
+        """User by user: what is between the two kernels stays in the cache of a core."""
+        candidate_BCd = _rows(self._vector_Md, candidate_BC)
+        values, (hidden, width) = self._tables[-1].shape[0], self._tables[4].shape
+        length = newest.item_BL.shape[1]
+        seen_BCV = np.empty((*candidate_BC.shape, values), np.float32)
+        matrix_Xd, bias_X = torch.empty(length * hidden, width), torch.empty(length * hidden)
+        value_LV = np.empty((length, values), np.float32)
+        events = [each.contiguous().numpy() for each in (newest.item_BL, newest.action_BL, newest.time_ms_BL)]
+        weight_BL = newest.weight_BL.contiguous().numpy()
+        for b, now_ms in enumerate(now_ms_B.tolist()):
+            of_user = (each_BL[b] for each_BL in events)
+            events_kernel(*of_user, now_ms, *self._tables, matrix_Xd.numpy(), bias_X.numpy(), value_LV)
+            hidden_CX = torch.addmm(bias_X, candidate_BCd[b], matrix_Xd.T).numpy()
+            seen_kernel(hidden_CX, *self._unit, weight_BL[b], value_LV, seen_BCV[b])
+        return torch.from_numpy(seen_BCV)
 
 
 def of_items(ranker: Ranker, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -79,7 +79,6 @@ class TrainPlan(msgspec.Struct, frozen=True, kw_only=True):
     actions: list[str]
     field_rows: list[int]
     counts: CountPlan | None = None
-    newest_half_life_ms: list[list[float | None]] = []
     category_field: int | None = None
     context: Context | None = None
     length: int = 512
@@ -170,7 +169,6 @@ def new_ranker(plan: TrainPlan) -> Ranker:
         actions=len(plan.actions),
         field_rows=plan.field_rows,
         counting=plan.counts,
-        newest_half_life_ms=plan.newest_half_life_ms,
         category_field=plan.category_field,
         context=plan.context,
     )

@@ -25,20 +25,16 @@ COUNTS = CountPlan(fields=["category", "item_id"], half_life_ms=[24.0 * HOUR_MS,
 def scoring_checkpoint(path: Path, seed: int = 5, counts: CountPlan | None = None, sizes: Sizes = SIZES) -> Checkpoint:
     """Items i1 to i40 of four categories; random parameters, so every part of a score counts."""
     torch.manual_seed(seed)
-    newest_lives = HALF_LIVES if sizes.newest else []
     shape = Shape(
         sizes=sizes,
         half_life_ms=HALF_LIVES,
         actions=len(ACTIONS),
         field_rows=[ITEMS + 1, CATEGORIES + 1],
         counting=counts,
-        newest_half_life_ms=newest_lives,
     )
     history, cells = VqlHistory(shape), None if counts is None else cell_table(counts)
     ranker = Ranker(shape, torch.from_numpy(feature_table()), history, cells).eval()
     torch.nn.init.normal_(history.action_value_AHD)
-    if history.window is not None:
-        torch.nn.init.normal_(history.window.action_value_AHD)
     keys, _ = history.grouped_keys(ranker.encoder, torch.arange(ITEMS + 1))
     history.codebook.start(keys, torch.Generator().manual_seed(0))
     item_ids = [f"i{n}" for n in range(1, ITEMS + 1)]
@@ -46,7 +42,6 @@ def scoring_checkpoint(path: Path, seed: int = 5, counts: CountPlan | None = Non
         model="vql",
         sizes=sizes,
         half_life_ms=HALF_LIVES,
-        newest_half_life_ms=newest_lives,
         actions=ACTIONS,
         fields=["item_id", "category"],
         training={},

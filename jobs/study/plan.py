@@ -26,9 +26,8 @@ def _sizes(**changes: int) -> Change:
 
 
 def _without_kernel(job: TrainJob) -> TrainJob:
-    """Neither branch forgets."""
-    never = tuple((None,) for _ in job.half_life_ms)
-    return msgspec.structs.replace(job, half_life_ms=never, newest_half_life_ms=never)
+    """The cache never forgets; ages of the newest are still seen."""
+    return msgspec.structs.replace(job, half_life_ms=tuple((None,) for _ in job.half_life_ms))
 
 
 def _without_context(job: TrainJob) -> TrainJob:
@@ -80,7 +79,6 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
     epochs: int = 1
     sizes: Sizes = TrainJob(log="").sizes
     half_life_ms: tuple[tuple[float | None, ...], ...] = TrainJob(log="").half_life_ms
-    newest_half_life_ms: tuple[tuple[float | None, ...], ...] = TrainJob(log="").newest_half_life_ms
     counts: CountPlan | None = None
     context: ContextFields | msgspec.UnsetType = msgspec.UNSET
 

@@ -151,7 +151,6 @@ def _job(spark: SparkSession, study: Study, data: DataSet, log: Path) -> TrainJo
         fields=data.fields,
         sizes=study.sizes,
         half_life_ms=study.half_life_ms,
-        newest_half_life_ms=study.newest_half_life_ms,
         epochs=study.epochs,
         log_version=table_version(spark, log / "events"),
         items_version=table_version(spark, log / "items"),

@@ -19,7 +19,8 @@ from torch import nn
 from torch.nn import functional
 
 from models.ranker import Shape
-from models.rivals.events import EVENT_BYTES, LogAge, item_vectors
+from models.rivals.events import EVENT_BYTES, item_vectors
+from models.temporal import LogAge
 
 FINALISTS = 100
 CROSS_FEATURES = 2

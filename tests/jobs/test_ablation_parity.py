@@ -51,7 +51,6 @@ JOB = TrainJob(
     fields=FIELDS,
     sizes=msgspec.structs.replace(STUDY.sizes, window=12, newest=9),
     half_life_ms=STUDY.half_life_ms,
-    newest_half_life_ms=STUDY.newest_half_life_ms,
     epochs=4,
 )
 VARIANTS = {variant.name: variant for variant in variants(STUDY, JOB)}

@@ -108,7 +108,6 @@ def test_a_parent_that_has_seen_more_is_refused(spark, shop: Shop, tmp_path: Pat
         ({"model": "mean"}, 'trained with model "vql", this training has "mean"'),
         ({"fields": ()}, r'with fields \["category"\], this training has \[\]'),
         ({"half_life_ms": ((DAY_MS,), (DAY_MS,), (DAY_MS,), (None,))}, "with half-lives .*, this training has"),
-        ({"newest_half_life_ms": ((DAY_MS,),) * 4}, "with half-lives of the newest"),
         ({"counts": CountPlan(fields=["item_id"], half_life_ms=[None])}, "with counts null"),
         ({"category_code": "category"}, 'with category code null, this training has "category"'),
         ({"sizes": msgspec.structs.replace(SIZES, codewords=16)}, 'with sizes .*"codewords":8.* has .*"codewords":16'),

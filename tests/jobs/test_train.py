@@ -20,7 +20,6 @@ from jobs.train import (
     parse_counts,
     parse_delay_ms,
     parse_half_lives,
-    parse_newest_half_lives,
     run_training,
 )
 from models.checkpoint import open_checkpoint
@@ -57,7 +56,6 @@ def test_a_checkpoint_says_what_it_was_trained_on_and_with(shop: Shop) -> None:
     assert manifest.actions == ["other", "purchase", "view"]
     assert manifest.fields == ["item_id", "category"]
     assert manifest.half_life_ms == [[DAY_MS], [7 * DAY_MS], [28 * DAY_MS], [None]]
-    assert manifest.newest_half_life_ms == [[DAY_MS / 24], [DAY_MS / 4], [DAY_MS], [7 * DAY_MS]]
     assert manifest.training["log_version"] == 1
     assert 0 < manifest.metrics["train_loss"] < 1
     assert checkpoint.vocabulary("item_id") == sorted(f"i{n}" for n in range(ITEMS))
@@ -127,8 +125,6 @@ def test_two_processes_train_one_model(spark, shop: Shop, tmp_path: Path) -> Non
     [
         ({"half_life_ms": ((DAY_MS,), (None,))}, "2 half-lives for 4 heads; give one per head"),
         ({"half_life_ms": ((DAY_MS,), (None, 1.0), (None,), (None,))}, "every head needs as many rates"),
-        ({"newest_half_life_ms": ((DAY_MS,),)}, "1 half-lives for 4 heads; give one per head"),
-        ({"newest_half_life_ms": ((DAY_MS,), (None, 1.0), (None,), (None,))}, "every head needs as many rates"),
         ({"model": "transformer"}, "model 'transformer' is none of vql, full, din_50"),
         ({"fields": ("category", "category")}, "each can be there once"),
         ({"fields": ("item_id",)}, "item_id is always one"),
@@ -183,13 +179,6 @@ def test_half_lives_are_read_by_unit() -> None:
     hour = DAY_MS / 24
     assert parse_half_lives(["12h", "7d", "never"]) == ((12 * hour,), (7 * DAY_MS,), (None,))
     assert parse_half_lives(["1.5d,never", "90m,30s"]) == ((1.5 * DAY_MS, None), (1.5 * hour, 30_000.0))
-
-
-def test_the_window_over_the_newest_events_has_half_lives_of_its_own_for_any_number_of_heads() -> None:
-    hour = DAY_MS / 24
-    assert parse_newest_half_lives([], 4) == TrainJob(log="").newest_half_life_ms
-    assert parse_newest_half_lives([], 6)[4:] == ((hour,), (6 * hour,))
-    assert parse_newest_half_lives(["2h,never", "never,1d"], 2) == ((2 * hour, None), (None, DAY_MS))
 
 
 def test_what_is_counted_when_nothing_is_asked_for() -> None:

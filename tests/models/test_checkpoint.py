@@ -59,10 +59,9 @@ def test_a_manifest_of_before_the_window_has_none(tmp_path):
     sizes = msgspec.structs.asdict(make_manifest().sizes)
     del sizes["newest"]
     raw = msgspec.json.decode((tmp_path / "c" / "manifest.json").read_bytes())
-    del raw["newest_half_life_ms"]
     (tmp_path / "c" / "manifest.json").write_bytes(msgspec.json.encode(raw | {"sizes": sizes}))
     manifest = open_checkpoint(tmp_path / "c").manifest
-    assert (manifest.sizes.newest, manifest.newest_half_life_ms) == (0, [])
+    assert manifest.sizes.newest == 0
 
 
 def test_more_newest_events_than_a_row_is_sure_to_keep_are_refused():

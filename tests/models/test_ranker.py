@@ -23,14 +23,6 @@ LIVES: dict[int, list[list[float | None]]] = {
     2: [[float(HOUR_MS), None], [24.0 * HOUR_MS, 1.0], [168.0 * HOUR_MS, 9e9], [None, float(HOUR_MS)]],
 }
 
-
-# Of the window over the newest events.
-WINDOW_LIVES: list[list[float | None]] = [
-    [2.0 * HOUR_MS, None],
-    [6.0 * HOUR_MS, 1.0],
-    [24.0 * HOUR_MS, 9e9],
-    [None, 5.0],
-]
 COUNTING = CountPlan(fields=["item_id", "category"], half_life_ms=[float(HOUR_MS), None])
 
 
@@ -43,7 +35,6 @@ def new_ranker(model: str = "vql", rates: int = 1, counting: CountPlan | None = 
         actions=2,
         field_rows=[ITEMS + 1, CATEGORIES + 1],
         counting=counting,
-        newest_half_life_ms=WINDOW_LIVES,
     )
     cells = None if counting is None else cell_table(counting)
     ranker = Ranker(shape, torch.from_numpy(feature_table()), HISTORIES[model](shape), cells).eval()
@@ -52,8 +43,6 @@ def new_ranker(model: str = "vql", rates: int = 1, counting: CountPlan | None = 
         ranker.history.codebook.start(keys, torch.Generator().manual_seed(0))
         torch.nn.init.normal_(ranker.history.action_value_AHD)
         torch.nn.init.normal_(ranker.history.kernel.raw_HR)
-        if ranker.history.window is not None:
-            torch.nn.init.normal_(ranker.history.window.action_value_AHD)
     return ranker
 
 
@@ -71,7 +60,6 @@ def context_ranker(model: str = "vql") -> Ranker:
         half_life_ms=LIVES[1],
         actions=2,
         field_rows=[ITEMS + 1, CATEGORIES + 1],
-        newest_half_life_ms=WINDOW_LIVES,
         context=CONTEXT,
     )
     ranker = Ranker(shape, torch.from_numpy(np.c_[feature_table(), row_MC]), HISTORIES[model](shape))
@@ -281,24 +269,14 @@ def test_padding_changes_no_score(tmp_path):
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_reach_keys_values_kernel_and_temperature(tmp_path):
+def test_gradients_reach_every_parameter_of_both_branches(tmp_path):
     ranker = new_ranker(rates=2, newest=7).train()
     request = collate(impressions(tmp_path)[:32])
     logit, commitment = ranker(request)
     (loss(logit, request.label_BC) + commitment).backward()
-    for branch in (ranker.history, ranker.history.window):
-        for parameter in (
-            branch.key.weight,
-            branch.query.weight,
-            branch.value.weight,
-            branch.action_value_AHD,
-            branch.log_temperature_H,
-            branch.kernel.raw_HR,
-        ):
-            assert parameter.grad is not None
-            assert parameter.grad.abs().max() > 0
-    assert ranker.history.window.gate.weight.grad.abs().max() > 0
-    assert ranker.history.window.gate.bias.grad.abs().max() > 0
+    for name, parameter in ranker.history.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
 
 
 def test_a_rival_has_no_cache_to_read(tmp_path):

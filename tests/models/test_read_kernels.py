@@ -14,35 +14,31 @@ from models.cache import CacheSpec
 from models.count_kernels import BEYOND, read_counts_kernel
 from models.ranker import VqlHistory
 from models.read_kernels import read_kernel
-from models.request import History
-from models.served import ServedRanker, ServedWindow
+from models.served import ServedRanker
 from tests.models.test_ranker import new_ranker
 from tests.small import HOUR_MS
 
 HEADS, ENTRIES, ITEMS = 3, 37, 50
 
 
-def read(candidates: int, users: int, widths: tuple[int, int], reach: float, shared: bool = True):
+def read(candidates: int, users: int, widths: tuple[int, int], reach: float):
     """(compiled, torch's) of random candidates; masses span 25 orders of magnitude, some are not positive."""
     rng, (wide, deep) = np.random.default_rng(candidates), widths
     query_MHE = rng.normal(size=(ITEMS, HEADS, wide))
-    key_BHKE = rng.normal(size=(1 if shared else users, HEADS, ENTRIES, wide))
-    key_BHKE *= reach / np.abs(np.einsum("mhe,bhke->mbhk", query_MHE, key_BHKE)).max()
+    key_HKE = rng.normal(size=(HEADS, ENTRIES, wide))
+    key_HKE *= reach / np.abs(np.einsum("mhe,hke->mhk", query_MHE, key_HKE)).max()
     mass_BHK = 10 ** rng.uniform(-25, 0, (users, HEADS, ENTRIES)) * rng.choice(
         [-1, 0, 1, 1, 1], (users, HEADS, ENTRIES)
     )
     mass_BHK[0, 0] = -1.0
     mean_BHKD = rng.normal(size=(*mass_BHK.shape, deep))
     item_BC = rng.integers(0, ITEMS, (users, candidates))
-    query_MHE, key_BHKE, mass_BHK, mean_BHKD = (
-        x.astype(np.float32) for x in (query_MHE, key_BHKE, mass_BHK, mean_BHKD)
-    )
+    query_MHE, key_HKE, mass_BHK, mean_BHKD = (x.astype(np.float32) for x in (query_MHE, key_HKE, mass_BHK, mean_BHKD))
     out_BCV = np.full((users, candidates, HEADS * deep), np.nan, np.float32)
-    ungated = np.empty((0, HEADS), np.float32)
-    read_kernel(wide, deep)(query_MHE.reshape(ITEMS, -1), ungated, item_BC, key_BHKE, mass_BHK, mean_BHKD, out_BCV)
+    read_kernel(wide, deep)(query_MHE.reshape(ITEMS, -1), item_BC, key_HKE, mass_BHK, mean_BHKD, out_BCV)
     log_mass_BHK = torch.from_numpy(mass_BHK).clamp(min=0).double().log()
     entries = Entries(log_mass_BHK, torch.from_numpy(mean_BHKD))
-    wanted = read_entries(torch.from_numpy(query_MHE[item_BC]), torch.from_numpy(key_BHKE), entries, reach)
+    wanted = read_entries(torch.from_numpy(query_MHE[item_BC]), torch.from_numpy(key_HKE), entries, reach)
     return out_BCV, wanted.flatten(2).numpy()
 
 
@@ -58,8 +54,8 @@ def test_it_reads_as_the_products_of_torch(candidates, reach, error):
 
 
 @pytest.mark.parametrize("widths", [(2, 3), (5, 1)])
-def test_each_user_may_have_keys_of_its_own_of_any_width(widths):
-    found, wanted = read(20, 3, widths, 5.0, shared=False)
+def test_keys_and_values_may_have_any_width(widths):
+    found, wanted = read(20, 3, widths, 5.0)
     np.testing.assert_allclose(found, wanted, atol=2e-5, rtol=2e-5)
     assert np.abs(found[1] - found[2]).max() > 0.1
 
@@ -70,9 +66,8 @@ def test_an_item_beyond_a_table_is_refused_before_memory_beyond_it_is_read(item)
     with pytest.raises(IndexError, match="beyond the table of queries"):
         read_kernel(8, 8)(
             np.zeros((2, 8), np.float32),
-            np.empty((0, 1), np.float32),
             item_BC,
-            np.zeros((1, 1, 1, 8), np.float32),
+            np.zeros((1, 1, 8), np.float32),
             one,
             np.zeros((1, 1, 1, 8), np.float32),
             np.zeros((1, 2, 8), np.float32),
@@ -103,36 +98,6 @@ def test_counts_are_read_as_torch_reads_them(entries):
     wanted = read_counts(cell_BCQ, caches, rates, torch.from_numpy(now_ms_B)).numpy()
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     assert (found > 0).any() or entries < 100
-
-
-@torch.inference_mode()
-def test_the_newest_events_are_entries_as_the_operations_of_torch_make_them():
-    """Two rates a head, ages to a year, padding, no event at all, and an item beyond the table."""
-    ranker, rng, (users, length) = new_ranker(newest=7), np.random.default_rng(0), (4, 7)
-    assert isinstance(ranker.history, VqlHistory)
-    assert ranker.history.window is not None
-    served, items = ServedWindow(ranker, ranker.history.window), len(ranker.encoder.feature_MF)
-    weight_BL = rng.choice([0.0, 0.5, 1.0], (users, length))
-    weight_BL[0] = 0.0
-    newest = History(
-        item_BL=torch.from_numpy(rng.integers(0, items, (users, length))),
-        action_BL=torch.from_numpy(rng.integers(0, 2, (users, length))),
-        time_ms_BL=torch.from_numpy(np.sort(rng.integers(0, 365 * 24 * HOUR_MS, (users, length)))),
-        weight_BL=torch.from_numpy(weight_BL.astype(np.float32)),
-    )
-    newest.item_BL[1, 0] = items
-    now_ms_B = newest.time_ms_BL[:, -1] + 1
-    key_BHLE, (mass_BHL, value_BHLD) = served.compiled_entries(newest, now_ms_B)
-    wanted_key, entries = served.plain_entries(newest, now_ms_B)
-    wanted_mass, wanted_value = entries.weighed()
-    torch.testing.assert_close(key_BHLE, wanted_key, rtol=0, atol=0)
-    torch.testing.assert_close(value_BHLD, wanted_value, rtol=0, atol=0)
-    torch.testing.assert_close(mass_BHL, wanted_mass, rtol=1e-5, atol=1e-30)
-    assert not mass_BHL[0].any()
-    assert (mass_BHL[1:].amax(dim=-1) == 1).all()
-    newest.action_BL[0, 0] = 2
-    with pytest.raises(IndexError, match="action that has no value"):
-        served.compiled_entries(newest, now_ms_B)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from models import served
 from models.attention import REACH_MAX
 from models.ranker import Ranker
 from models.request import collate
-from models.served import ServedRanker, ServedWindow
+from models.served import ServedRanker
 from tests.models.test_ranker import COUNTING, caches_of, impressions, new_ranker
 
 
@@ -34,8 +34,7 @@ def scored_both_ways(ranker: Ranker, rates: int, folder) -> tuple[torch.Tensor, 
 @pytest.mark.parametrize("temperature", [1.0, 100.0])
 def test_it_scores_as_the_plain_form(tmp_path, rates, temperature, counting, newest):
     ranker = new_ranker(rates=rates, counting=counting, newest=newest)
-    for branch in (ranker.history, ranker.history.window) if newest else (ranker.history,):
-        torch.nn.init.constant_(branch.log_temperature_H, math.log(temperature))
+    torch.nn.init.constant_(ranker.history.log_temperature_H, math.log(temperature))
     found, wanted = scored_both_ways(ranker, rates, tmp_path)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert found.isfinite().all()
@@ -60,18 +59,6 @@ def test_means_of_half_precision_are_read_at_any_temperature(tmp_path, temperatu
     )
     torch.testing.assert_close(found, wanted, atol=1e-2, rtol=1e-2)
     assert not torch.equal(found, wanted)
-
-
-@torch.inference_mode()
-def test_no_logit_of_the_window_is_beyond_its_reach():
-    ranker = new_ranker(newest=7)
-    window, item_M = ranker.history.window, torch.arange(len(ranker.encoder.feature_MF))
-    torch.nn.init.normal_(window.log_temperature_H)
-    query_MHE = window.candidates(ranker.encoder(item_M[None])).query_BCHE[0]
-    largest = torch.einsum("mhe,nhe->mnh", query_MHE, window.keys(ranker.encoder(item_M))).abs().max()
-    reach = ServedWindow(ranker, window).reach
-    # An item's query and key are the same, so the bound is met.
-    assert largest <= reach < 1.01 * largest
 
 
 @torch.inference_mode()

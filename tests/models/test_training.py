@@ -147,7 +147,7 @@ def test_where_a_repeat_decides_counts_tell_it_from_a_likeness(tmp_path):
 
 def test_every_part_of_the_window_over_the_newest_events_is_trained(tmp_path):
     sizes = msgspec.structs.replace(SIZES, newest=3)
-    plan = small_plan(tmp_path, sizes=sizes, newest_half_life_ms=[[float(HOUR_MS), None]] * 4, epochs=2)
+    plan = small_plan(tmp_path, sizes=sizes, epochs=2)
     begun = begin(plan).ranker.state_dict()
     train(plan)
     trained = final_parameters(plan)

@@ -12,7 +12,7 @@ from models.attention import CacheBatch
 from models.request import History, collate, collate_timelines
 from models.timelines import timeline_files, timelines_of
 from models.window import Window, newest_before
-from tests.models.test_ranker import WINDOW_LIVES, caches_of, impressions, new_ranker, new_spec
+from tests.models.test_ranker import caches_of, impressions, new_ranker, new_spec
 from tests.small import HOUR_MS, START_MS
 from tests.small_examples import SIZES, write_small_examples
 
@@ -22,7 +22,7 @@ NOW_MS = START_MS + 30 * HOUR_MS
 
 def new_window() -> Window:
     torch.manual_seed(1)
-    window = Window(SIZES, WINDOW_LIVES, ACTIONS)
+    window = Window(SIZES, ACTIONS)
     for parameter in window.parameters():
         torch.nn.init.normal_(parameter)
     return window
@@ -44,32 +44,18 @@ def some_events(users: int = 2) -> tuple[torch.Tensor, History]:
 
 
 def by_hand(window: Window, x_d: np.ndarray, event_Ld: np.ndarray, newest: History, user: int) -> np.ndarray:
-    """What one candidate sees, number by number, in float64: H D."""
+    """What one candidate sees, event by event, in float64: H D."""
     of = {name: p.detach().double().numpy() for name, p in window.named_parameters()}
-    heads, width = SIZES.heads, SIZES.key_width
-
-    def normed(x: np.ndarray) -> np.ndarray:
-        return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
-
-    out = np.zeros((heads, SIZES.value_width))
-    for h in range(heads):
-        of_key, of_value = slice(h * width, (h + 1) * width), slice(h * SIZES.value_width, (h + 1) * SIZES.value_width)
-        query = normed(of["query.weight"][of_key] @ x_d) * np.exp(of["log_temperature_H"][h]) / np.sqrt(width)
-        total, seen = 0.0, np.zeros(SIZES.value_width)
-        for i in range(LENGTH):
-            weight = float(newest.weight_BL[user, i])
-            age_ms = NOW_MS - int(newest.time_ms_BL[user, i])
-            kappa = sum(
-                np.log1p(np.exp(of["kernel.raw_HR"][h, r])) * 0.5 ** (0 if life is None else age_ms / life)
-                for r, life in enumerate(WINDOW_LIVES[h])
-            )
-            key = normed(of["key.weight"][of_key] @ event_Ld[i])
-            value = of["value.weight"][of_value] @ event_Ld[i] + of["action_value_AHD"][newest.action_BL[user, i], h]
-            share = weight * kappa * np.exp(query @ key) if weight > 0 else 0.0
-            total, seen = total + share, seen + share * value
-        gate = 1 / (1 + np.exp(-(of["gate.weight"][h] @ x_d + of["gate.bias"][h])))
-        out[h] = gate * seen / total if total else 0.0
-    return out
+    seen_V = np.zeros(SIZES.heads * SIZES.value_width)
+    for i in range(LENGTH):
+        e_d = event_Ld[i] + of["action.weight"][newest.action_BL[user, i]]
+        age_s = (NOW_MS - int(newest.time_ms_BL[user, i])) / 1000
+        hidden_J = of["pair.weight"] @ np.concatenate([x_d, e_d, x_d * e_d, x_d - e_d]) + of["pair.bias"]
+        hidden_J += of["age.bucket.weight"][int(2 * np.log2(1 + age_s))]
+        hidden_J = np.where(hidden_J > 0, hidden_J, of["unit.0.weight"] * hidden_J)
+        unit = of["unit.1.weight"][0] @ hidden_J + of["unit.1.bias"][0]
+        seen_V += float(newest.weight_BL[user, i]) * unit * (of["value.weight"] @ e_d)
+    return seen_V.reshape(SIZES.heads, -1)
 
 
 @torch.no_grad()
@@ -102,12 +88,9 @@ def test_what_has_no_weight_or_takes_back_is_not_attended():
         assert not torch.equal(a, whole)
 
 
-def test_it_starts_with_queries_as_keys_and_values_as_the_candidates_own():
+def test_its_values_start_as_the_candidates_own():
     ranker = new_ranker(newest=7)
-    window = ranker.history.window
-    assert torch.equal(window.query.weight, window.key.weight)
-    assert torch.equal(window.value.weight, ranker.candidate.weight)
-    assert not torch.equal(window.key.weight, ranker.history.key.weight)
+    assert torch.equal(ranker.history.window.value.weight, ranker.candidate.weight)
 
 
 @pytest.mark.parametrize("length", [1, 7, 100])
@@ -125,7 +108,7 @@ def test_an_impression_on_a_timeline_has_the_events_up_to_its_end(tmp_path, leng
 
 
 @torch.inference_mode()
-def test_with_its_gates_closed_a_ranker_is_the_one_without_it(tmp_path):
+def test_where_its_values_are_nothing_a_ranker_is_the_one_without_it(tmp_path):
     without, ranker, batch = new_ranker(), new_ranker(newest=7), impressions(tmp_path)[:20]
     assert not any("window" in name for name in without.state_dict())
     left = ranker.load_state_dict(without.state_dict(), strict=False)
@@ -135,7 +118,7 @@ def test_with_its_gates_closed_a_ranker_is_the_one_without_it(tmp_path):
     asked = (request.candidate_BC, request.now_ms_B)
     plain = (without(request)[0], without.from_cache(asked[0], caches, asked[1]))
     opened = (ranker(request)[0], ranker.from_cache(asked[0], caches, asked[1]))
-    ranker.history.window.gate.bias.fill_(-1e9)
+    ranker.history.window.value.weight.zero_()
     closed = (ranker(request)[0], ranker.from_cache(asked[0], caches, asked[1]))
     for a, b, c in zip(plain, closed, opened, strict=True):
         assert torch.equal(a, b)

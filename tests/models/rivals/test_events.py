@@ -3,7 +3,8 @@ import math
 import torch
 
 from models.request import collate
-from models.rivals.events import AGE_BUCKETS, LogAge, age_bucket, item_vectors
+from models.rivals.events import item_vectors
+from models.temporal import AGE_BUCKETS, LogAge, age_bucket
 from tests.models.test_ranker import impressions, new_ranker
 
 YEAR_MS = 31_557_600_000
