@@ -167,6 +167,7 @@ class ServedWindow:
             ages = window.age.bucket.weight
             tables = (self._vector_Md, window.action.weight, ages, *window.folded(), window.value.weight)
             self._tables = [table.detach().contiguous().numpy() for table in tables]
+            self._hidden, self._values = ages.shape[1], len(window.value.weight)
             slope, out_J, bias = window.last()
             self._unit = np.float32(slope.item()), out_J.numpy(), np.float32(bias.item())
             # Now too, of nobody's events.
@@ -189,11 +190,11 @@ class ServedWindow:
     def _read(self, candidate_BC: torch.Tensor, newest: History, now_ms_B: torch.Tensor) -> torch.Tensor:
         """User by user: what is between the two kernels stays in the cache of a core."""
         candidate_BCd = _rows(self._vector_Md, candidate_BC)
-        values, (hidden, width) = self._tables[-1].shape[0], self._tables[4].shape
         length = newest.item_BL.shape[1]
-        seen_BCV = np.empty((*candidate_BC.shape, values), np.float32)
-        matrix_Xd, bias_X = torch.empty(length * hidden, width), torch.empty(length * hidden)
-        value_LV = np.empty((length, values), np.float32)
+        bias_X = torch.empty(length * self._hidden)
+        matrix_Xd = torch.empty(len(bias_X), candidate_BCd.shape[2])
+        value_LV = np.empty((length, self._values), np.float32)
+        seen_BCV = np.empty((*candidate_BC.shape, self._values), np.float32)
         events = [each.contiguous().numpy() for each in (newest.item_BL, newest.action_BL, newest.time_ms_BL)]
         weight_BL = newest.weight_BL.contiguous().numpy()
         for b, now_ms in enumerate(now_ms_B.tolist()):
