@@ -30,7 +30,7 @@ from models.ranker import Ranker, VqlHistory
 from models.read_kernels import mass_kernel, read_kernel
 from models.request import History
 from models.window import Window
-from models.window_kernels import events_kernel, seen_kernel
+from models.window_kernels import events_kernel, weights_kernel
 
 ITEMS_AT_ONCE = 1 << 16
 ROUNDING = 1.001
@@ -193,16 +193,18 @@ class ServedWindow:
         length = newest.item_BL.shape[1]
         bias_X = torch.empty(length * self._hidden)
         matrix_Xd = torch.empty(len(bias_X), candidate_BCd.shape[2])
-        value_LV = np.empty((length, self._values), np.float32)
-        seen_BCV = np.empty((*candidate_BC.shape, self._values), np.float32)
+        value_LV = torch.empty(length, self._values)
+        unit_CL = torch.empty(candidate_BC.shape[1], length)
+        seen_BCV = torch.empty(*candidate_BC.shape, self._values)
         events = [each.contiguous().numpy() for each in (newest.item_BL, newest.action_BL, newest.time_ms_BL)]
         weight_BL = newest.weight_BL.contiguous().numpy()
         for b, now_ms in enumerate(now_ms_B.tolist()):
             of_user = (each_BL[b] for each_BL in events)
-            events_kernel(*of_user, now_ms, *self._tables, matrix_Xd.numpy(), bias_X.numpy(), value_LV)
+            events_kernel(*of_user, now_ms, *self._tables, matrix_Xd.numpy(), bias_X.numpy(), value_LV.numpy())
             hidden_CX = torch.addmm(bias_X, candidate_BCd[b], matrix_Xd.T).numpy()
-            seen_kernel(hidden_CX, *self._unit, weight_BL[b], value_LV, seen_BCV[b])
-        return torch.from_numpy(seen_BCV)
+            weights_kernel(hidden_CX, *self._unit, weight_BL[b], unit_CL.numpy())
+            torch.mm(unit_CL, value_LV, out=seen_BCV[b])
+        return seen_BCV
 
 
 def of_items(ranker: Ranker, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The compiled form of `models.window` on a CPU, but for the one product of matrices between its two halves.
+"""The compiled form of `models.window` on a CPU, but for its products of matrices.
 
 Shapes: as in `models.activation_unit`, of one user; A actions, K buckets of age, M items, X = L * J.
 """
@@ -61,24 +61,19 @@ def _events_loop(
             value_LV[n, v] = value
 
 
-def _seen_loop(hidden_CX, slope, out_J, bias, weight_L, value_LV, seen_CV):
-    """What candidates see, from the hidden numbers of their pairs with events."""
-    hidden, values = out_J.shape[0], value_LV.shape[1]
+def _weights_loop(hidden_CX, slope, out_J, bias, weight_L, unit_CL):
+    """What each event counts for each candidate, from the hidden numbers of the pair."""
+    hidden = out_J.shape[0]
     for c in range(hidden_CX.shape[0]):
-        seen_CV[c] = 0.0
         for n in range(weight_L.shape[0]):
-            if weight_L[n] <= 0:
-                continue
             unit = bias
             for j in range(hidden):
                 h = hidden_CX[c, n * hidden + j]
                 unit += out_J[j] * (max(h, np.float32(0.0)) + slope * min(h, np.float32(0.0)))
-            unit *= weight_L[n]
-            for v in range(values):
-                seen_CV[c, v] += unit * value_LV[n, v]
+            unit_CL[c, n] = unit * max(weight_L[n], np.float32(0.0))
 
 
 # Sums in any order, so that the compiler makes vectors of them.
 _ANY_ORDER = {"reassoc", "contract", "nsz"}
 events_kernel = numba.njit(cache=True, nogil=True, fastmath=_ANY_ORDER)(unwrap(_events_loop))
-seen_kernel = numba.njit(cache=True, nogil=True, fastmath=_ANY_ORDER)(unwrap(_seen_loop))
+weights_kernel = numba.njit(cache=True, nogil=True, fastmath=_ANY_ORDER)(unwrap(_weights_loop))
