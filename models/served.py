@@ -204,7 +204,7 @@ class ServedWindow:
             hidden_CX = torch.addmm(bias_X, candidate_BCd[b], matrix_Xd.T).numpy()
             weights_kernel(hidden_CX, *self._unit, weight_BL[b], unit_CL.numpy())
             torch.mm(unit_CL, value_LV, out=seen_BCV[b])
-        return seen_BCV.div_(self._window.sizes.newest)
+        return seen_BCV
 
 
 def of_items(ranker: Ranker, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

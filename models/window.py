@@ -1,12 +1,11 @@
 """The short exact window: the newest events one by one, each weighed by an activation unit, beside the cache.
 
-    window(x) = 1/L sum_i weight_i w(x, e_i, now - t_i) V e_i          w: models.activation_unit
+    window(x) = sum_i weight_i w(x, e_i, now - t_i) V e_i          w: models.activation_unit
 
 over the newest L events of the user (`models.newest`), with vectors of actions and values of its own. What the user is
 after right now is a matter of the last few events (DIN, arXiv 1706.06978, reads only these). The unit is the branch's
 kernel, which need not be separable where the events are at hand, and its gate: it says for each candidate, event and
-age how much is added to what the cache's branch sees, less than nothing too. L is the window's, however many events
-there are, so that fewer say less; it brings fifty to the measure of the other branch, a mean that they would drown.
+age how much is added to what the cache's branch sees, less than nothing too.
 
 Shapes: as in `models.attention`; d model width.
 """
@@ -39,8 +38,7 @@ class Window(ActivationUnit):
         now_ms_B: Int64[torch.Tensor, "B"],
     ) -> Float[torch.Tensor, "B C H D"]:
         """What is added for each candidate, from the vectors of the events' items. Zeros where there is no event."""
-        seen_BCV = self.seen(candidate_BCd, event_BLd, newest, now_ms_B) / self.sizes.newest
-        return seen_BCV.unflatten(-1, (self.sizes.heads, -1))
+        return self.seen(candidate_BCd, event_BLd, newest, now_ms_B).unflatten(-1, (self.sizes.heads, -1))
 
     def newest_in(self, cache: CacheBatch) -> History:
         """What it reads of caches. Raises ValueError for caches that were made for a window of another size."""

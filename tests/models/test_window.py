@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from msgspec import structs
 
 from models.attention import CacheBatch
 from models.request import History, collate, collate_timelines
@@ -17,14 +16,13 @@ from tests.models.test_ranker import caches_of, impressions, new_ranker, new_spe
 from tests.small import HOUR_MS, START_MS
 from tests.small_examples import SIZES, write_small_examples
 
-# A history may be shorter than the window.
-ACTIONS, LENGTH, NEWEST = 3, 6, 9
+ACTIONS, LENGTH = 3, 6
 NOW_MS = START_MS + 30 * HOUR_MS
 
 
 def new_window() -> Window:
     torch.manual_seed(1)
-    window = Window(structs.replace(SIZES, window=NEWEST, newest=NEWEST), ACTIONS)
+    window = Window(SIZES, ACTIONS)
     for parameter in window.parameters():
         torch.nn.init.normal_(parameter)
     return window
@@ -57,7 +55,7 @@ def by_hand(window: Window, x_d: np.ndarray, event_Ld: np.ndarray, newest: Histo
         hidden_J = np.where(hidden_J > 0, hidden_J, of["unit.0.weight"] * hidden_J)
         unit = of["unit.1.weight"][0] @ hidden_J + of["unit.1.bias"][0]
         seen_V += float(newest.weight_BL[user, i]) * unit * (of["value.weight"] @ e_d)
-    return seen_V.reshape(SIZES.heads, -1) / NEWEST
+    return seen_V.reshape(SIZES.heads, -1)
 
 
 @torch.no_grad()
