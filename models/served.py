@@ -142,13 +142,14 @@ class ItemQueries:
     ) -> Float[torch.Tensor, "B C V"]:
         """What each candidate sees of its user's entries.
 
-        Only where compiled, entries may be weighed. Raises IndexError for an item beyond the table.
+        Where compiled, entries are weighed, and only there. Raises IndexError for an item beyond the table.
         """
         if not self.compiled:
             assert isinstance(entries, Entries)
             query_BCHE = _rows(self._query_MX, candidate_BC).unflatten(-1, (self._sizes.heads, -1))
             return read_entries(query_BCHE, self._codeword_HKE, entries, self.reach).flatten(2)
-        mass_BHK, mean_BHKD = entries.weighed() if isinstance(entries, Entries) else entries
+        assert isinstance(entries, Weighed)
+        mass_BHK, mean_BHKD = entries
         out_BCV = np.empty((*candidate_BC.shape, self._sizes.heads * self._sizes.value_width), np.float32)
         inputs = (self._query_MX, candidate_BC, self._codeword_HKE, mass_BHK, mean_BHKD)
         self._kernel(*(tensor.contiguous().numpy() for tensor in inputs), out_BCV)
@@ -188,7 +189,7 @@ class ServedWindow:
         return self._window(_rows(self._vector_Md, candidate_BC), event_BLd, newest, now_ms_B).flatten(2)
 
     def _read(self, candidate_BC: torch.Tensor, newest: History, now_ms_B: torch.Tensor) -> torch.Tensor:
-        """User by user: what is between the two kernels stays in the cache of a core."""
+        """User by user, so that what is between the two kernels is one user's."""
         candidate_BCd = _rows(self._vector_Md, candidate_BC)
         length = newest.item_BL.shape[1]
         bias_X = torch.empty(length * self._hidden)
