@@ -100,7 +100,7 @@ def _settings(of: Manifest | TrainJob, fields: list[str], freeze: bool) -> dict[
         if context
         else [],
         "half-lives": [list(head) for head in of.half_life_ms],
-        "counts": of.counts,
+        "counts": of.counts and msgspec.structs.replace(of.counts, known=msgspec.UNSET),
         "category code": of.category_code or None,
         "sizes": _compared(of.sizes, freeze),
     }

@@ -113,7 +113,7 @@ def write_trained(
         metrics={"train_loss": _last_loss(Path(plan.work))},
         diagnostics=_diagnostics(plan) if job.model == "vql" else None,
         files={},
-        counts=job.counts,
+        counts=plan.counts,
         category_code=job.category_code,
         trained_before_ms=msgspec.UNSET if job.before_ms is None else job.before_ms,
         context=vocabulary.context or msgspec.UNSET,
@@ -249,7 +249,7 @@ def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabul
         field_rows=[len(values) + 1 for values in vocabulary.fields.values()],
         category_field=_place(job.category_code, vocabulary),
         context=vocabulary.context,
-        counts=job.counts,
+        counts=_with_known(job.counts, job.model, vocabulary),
         length=job.length,
         epochs=job.epochs,
         batch=job.batch,
@@ -259,10 +259,17 @@ def plan_training(job: TrainJob, examples: Path, work: Path, vocabulary: Vocabul
         bfloat16=bool(job.device),
         warm=WarmStart(checkpoint=job.parent.path, freeze=job.parent.freeze) if job.parent else None,
     )
-    if job.counts is not None:
+    if plan.counts is not None:
         work.mkdir(parents=True, exist_ok=True)
-        replace_array(work / CELLS, item_cells(job.model, job.counts, vocabulary))
+        replace_array(work / CELLS, item_cells(job.model, plan.counts, vocabulary))
     return plan
+
+
+def _with_known(counts: CountPlan | None, model: str, vocabulary: Vocabulary) -> CountPlan | None:
+    """The plan of counts that knows how many values each field has; exact counts need no such thing."""
+    if counts is None or counts_exactly(model):
+        return counts
+    return msgspec.structs.replace(counts, known=[len(vocabulary.fields[field]) for field in counts.fields])
 
 
 def _place(field: str | msgspec.UnsetType, vocabulary: Vocabulary) -> int | None:

@@ -34,17 +34,23 @@ ITEM = "item_id"
 
 
 class CountPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a checkpoint counts: item fields (item_id is one), each at these half-lives; null for "never forgets"."""
+    """What a checkpoint counts: item fields (item_id is one), each at these half-lives; null for "never forgets".
+
+    known: how many values of each field the training knew; absent before it.
+    """
 
     fields: list[str]
     half_life_ms: list[float | None]
     cells: int = BEYOND
+    known: list[int] | msgspec.UnsetType = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if not self.fields or not self.half_life_ms:
             raise ValueError("counts need a field and a half-life (null: never)")
         if not 1 + 8 * len(self.fields) <= self.cells <= BEYOND:
             raise ValueError(f"{self.cells} cells are not {1 + 8 * len(self.fields)} to {BEYOND}")
+        if self.known is not msgspec.UNSET and len(self.known) != len(self.fields):
+            raise ValueError(f"{len(self.known)} numbers of known values for {len(self.fields)} counted fields")
 
     @property
     def rate_R(self) -> Float64[np.ndarray, "R"]:
@@ -76,16 +82,21 @@ class CountPlan(msgspec.Struct, frozen=True, kw_only=True):
         return np.fromiter(found, np.uint16, len(values))
 
     def _range(self, field: str) -> tuple[int, int]:
-        """The first of a field's own cells, and how many: of several fields, the item has seven eighths.
+        """The first of a field's own cells, and how many.
 
-        Were all among all cells, an item that shares one with a department would seem to be a favourite.
+        Were all among all cells, an item that shares one with a department would seem to be a favourite. Of several
+        fields the item has seven eighths, and what the others, with two cells for each value known, do not need.
         """
         others = [name for name in self.fields if name != ITEM]
         theirs = (self.cells - 1) // 8 if len(others) < len(self.fields) else self.cells - 1
-        each = theirs // max(1, len(others))
-        if field == ITEM:
-            return 1 + each * len(others), self.cells - 1 - each * len(others)
-        return 1 + each * others.index(field), each
+        size = dict.fromkeys(others, theirs // max(1, len(others)))
+        if len(others) < len(self.fields):
+            if self.known is not msgspec.UNSET:
+                known = dict(zip(self.fields, self.known, strict=True))
+                size = {name: min(most, max(1, 2 * known[name])) for name, most in size.items()}
+            size[ITEM] = self.cells - 1 - sum(size.values())
+        names = list(size)
+        return 1 + sum(size[name] for name in names[: names.index(field)]), size[field]
 
 
 def _hash(value: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -273,6 +274,21 @@ def test_known_values_have_cells_of_their_own_as_long_as_there_are_enough():
     assert len(set(cell[:700].tolist())) == 700
     assert cell[700:].tolist() == cell[:300].tolist()
     assert plan.cells_of("item_id", names[5:6], [0]) != cell[5]
+
+
+def test_what_fields_of_few_values_do_not_need_is_left_to_items():
+    plan = msgspec.structs.replace(make_plan(fields=3, cells=1 + 800), known=[770, 12, 1])
+    item = plan.cells_of("item_id", [f"i{n}" for n in range(770)], range(1, 771)).tolist()
+    category = plan.cells_of("category", [f"c{n}" for n in range(12)], range(1, 13)).tolist()
+    (brand,) = plan.cells_of("brand", ["b"], [1]).tolist()
+    assert len({*item, *category, brand}) == 770 + 12 + 1
+    assert plan.cells_of("category", [f"later{n}" for n in range(500)], [0] * 500).max() < min(item)
+    # Many values do not take more than they have without being known.
+    many = msgspec.structs.replace(plan, known=[5, 700, 0])
+    assert len(set(many.cells_of("category", [f"c{n}" for n in range(700)], range(1, 701)).tolist())) == 50
+    assert many.cells_of("brand", ["later"], [0]) != NO_CELL
+    with pytest.raises(ValueError, match="2 numbers of known values for 3 counted fields"):
+        msgspec.structs.replace(plan, known=[1, 2])
 
 
 def small_counter() -> Counter:
