@@ -27,7 +27,7 @@ from models.request import Impression, Timeline
 
 User = TypeVar("User")
 # A pass over a timeline is shared by an impression for so many events.
-EVENTS_PER_IMPRESSION = 512
+EVENTS_PER_IMPRESSION = 1_024
 # Beside the Parquet files: the feature table (numpy, M x F) and, if items have vectors, these (M x P). In the work
 # folder: what items are counted as (M x Q).
 FEATURES, VECTORS, CELLS = "features.npy", "vectors.npy", "cells.npy"

@@ -115,7 +115,7 @@ def test_an_epoch_of_timelines_has_every_impression_once_within_the_limits(files
 
 
 @pytest.mark.parametrize(
-    ("events", "passes"), [(100, [1] * 7), (513, [2, 2, 2, 1]), (5 * EVENTS_PER_IMPRESSION, [5, 2]), (10**5, [7])]
+    ("events", "passes"), [(1024, [1] * 7), (1025, [2, 2, 2, 1]), (5 * EVENTS_PER_IMPRESSION, [5, 2]), (10**5, [7])]
 )
 def test_a_pass_over_a_long_timeline_is_shared_by_more_impressions(tmp_path, events, passes):
     row = {"user_id": "u", "item": [1] * events, "action": [0] * events, "time_ms": list(range(events))}
