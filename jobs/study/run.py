@@ -222,8 +222,13 @@ def _scores(ranker: Ranker, checkpoint: Checkpoint, heldout: HeldOut, length: in
 
 
 def _train_s(work: Path, checkpoint: Checkpoint) -> float:
-    """Seconds in the steps of a training, those of every run that went on with it together."""
+    """Seconds in the steps of a training, those of every run that went on with it together.
+
+    Raises InputError where the training's folder is gone and its checkpoint is not.
+    """
     log = run_folder(work, checkpoint.manifest.model, checkpoint.manifest.training) / "loss.jsonl"
+    if not log.exists():
+        raise InputError(f"{log} is gone, but not what was trained there: remove {checkpoint.path} too, to train anew")
     return sum(msgspec.json.decode(line)["seconds"] for line in log.read_bytes().splitlines())
 
 

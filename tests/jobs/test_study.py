@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,10 @@ def test_a_study_says_what_each_model_is_worth_and_costs(spark, files: Path, tmp
     assert sum(path.suffix == ".npz" for path in made) == 2 * (2 + 1 + 1)
     for name in results:
         assert more["results"][name].gauc == results[name].gauc
+
+    shutil.rmtree(tmp_path / "work/training")
+    with pytest.raises(InputError, match=r"loss.jsonl is gone.* remove .*checkpoints"):
+        run_study(spark, STUDY, SHOP, files, tmp_path / "work", Console(quiet=True))
 
 
 @pytest.mark.spark
