@@ -88,9 +88,9 @@ class CountPlan(msgspec.Struct, frozen=True, kw_only=True):
         fields the item has seven eighths, and what the others, with two cells for each value known, do not need.
         """
         others = [name for name in self.fields if name != ITEM]
-        theirs = (self.cells - 1) // 8 if len(others) < len(self.fields) else self.cells - 1
+        theirs = (self.cells - 1) // 8 if ITEM in self.fields else self.cells - 1
         size = dict.fromkeys(others, theirs // max(1, len(others)))
-        if len(others) < len(self.fields):
+        if ITEM in self.fields:
             if self.known is not msgspec.UNSET:
                 known = dict(zip(self.fields, self.known, strict=True))
                 size = {name: min(most, max(1, 2 * known[name])) for name, most in size.items()}

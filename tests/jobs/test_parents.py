@@ -72,6 +72,21 @@ def test_a_training_takes_its_parents_codebook_and_rows_and_learns_what_is_new(
 
 @pytest.mark.spark
 @pytest.mark.slow
+def test_a_parent_counted_the_same_fields_when_they_had_fewer_values(spark, own_shop: Shop, tmp_path: Path) -> None:
+    counts = CountPlan(fields=["item_id", "category"], half_life_ms=[None])
+    job = tiny_job(own_shop.log, epochs=1, counts=counts)
+    began = run_training(spark, job, tmp_path / "work", tmp_path / "began")
+    next_day(spark, own_shop.log)
+    next_job = msgspec.structs.replace(job, parent=parent_of(tmp_path / "began", freeze=True))
+    made = run_training(spark, next_job, tmp_path / "work", tmp_path / "made")
+
+    items, categories = began.manifest.counts.known
+    assert items == ITEMS
+    assert made.manifest.counts == msgspec.structs.replace(counts, known=[items + 1, categories + 1])
+
+
+@pytest.mark.spark
+@pytest.mark.slow
 def test_the_versions_that_a_checkpoint_records_give_it_again_whatever_came_since(
     spark, own_shop: Shop, tmp_path: Path
 ) -> None:
